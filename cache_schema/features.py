@@ -1,0 +1,170 @@
+"""The two feature stores, and the cache that joins them to a samples store.
+
+Image features, for N rows (a row is a view of an image; one view is the whole image):
+
+    features/<layer>          (N, gh, gw, D), a chunk holds one row
+    cls/<layer>               (N, D)
+    valid                     (N,) bool; False where the image could not be encoded (see the ledger)
+    image/id                  ragged UTF-8 strings
+    image/sha256              (N, 32) uint8
+    original_size             (N, 2) int32, (H, W)
+    view                      (N, 5) int32, crop box XYXY in pixels of the original, and 1 where it is mirrored
+
+Prompt features, for M prompts of L tokens in all:
+
+    tokens                    (L, D), never padded
+    token_ids                 (L,) int32
+    offsets                   (M + 1,) int64: prompt m owns rows offsets[m] to offsets[m + 1] of the two above
+    pooled                    (M, P)
+    prompt/text               ragged UTF-8 strings
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.errors import StoreMismatchError, UsageError
+from cache_schema.samples import SamplesStore, open_samples, read_strings
+from cache_schema.shards import ArrayReader
+from cache_schema.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """An image-feature store, open for reading."""
+
+    store: Store
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer names, in the order in which they were asked for."""
+        return tuple(self.store.header.identity["outputs"]["layers"])
+
+    def features(self, layer: str) -> ArrayReader:
+        """(N, gh, gw, D) token grids of one layer."""
+        return self.store.array(f"features/{layer}")
+
+    def cls(self, layer: str) -> ArrayReader:
+        """(N, D) CLS tokens of one layer."""
+        return self.store.array(f"cls/{layer}")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return read_strings(self.store, "image/id")
+
+    @cached_property
+    def sha256(self) -> list[str]:
+        return [bytes(row).hex() for row in self.store.read("image/sha256")]
+
+    @cached_property
+    def valid(self) -> NDArray[np.bool_]:
+        return self.store.read("valid")
+
+
+@dataclass(frozen=True)
+class PromptFeatures:
+    """A prompt-feature store, open for reading."""
+
+    store: Store
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return read_strings(self.store, "prompt/text")
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        return self.store.read("offsets")
+
+    def tokens(self) -> NDArray[Any]:
+        """(L, D) token features of all prompts, end to end."""
+        return self.store.read("tokens")
+
+    def pooled(self) -> NDArray[Any]:
+        """(M, P) pooled prompt features."""
+        return self.store.read("pooled")
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A samples store with the features of its images and prompts.
+
+    `image_rows` (N,) and `prompt_rows` (M,) map the rows of the samples store to rows of the feature stores.
+    """
+
+    samples: SamplesStore
+    images: ImageFeatures
+    prompts: PromptFeatures
+    image_rows: NDArray[np.int64]
+    prompt_rows: NDArray[np.int64]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {
+            "samples": self.samples.fingerprint,
+            "image_features": self.images.store.header.fingerprint,
+            "prompt_features": self.prompts.store.header.fingerprint,
+        }
+
+    def usable_samples(self, split: str) -> NDArray[np.int64]:
+        """The samples of a split whose image could be encoded."""
+        rows = self.samples.samples.rows_of_split(split)
+        usable = self.images.valid[self.image_rows[self.samples.samples.image_rows[rows]]]
+        return rows[usable]
+
+
+def open_cache(samples: Path, images: Path, prompts: Path, image_dir: Path | None = None) -> FeatureCache:
+    """Join a samples store with one image-feature store and one prompt-feature store.
+
+    Args:
+        image_dir: where the image files lie, if not where they lay when the samples store was written. Training
+            and evaluation never look at them; pictures do.
+
+    Raises:
+        UsageError: a store is missing, incomplete or of another kind.
+        StoreMismatchError: an image or a prompt of the samples has no features, or features of other bytes.
+    """
+    opened = open_samples(samples, image_dir)
+    image_features = ImageFeatures(open_store(images, "image_features"))
+    prompt_features = PromptFeatures(open_store(prompts, "prompt_features"))
+    table = opened.samples.images
+    image_rows = _match(
+        list(zip(table.ids, table.sha256, strict=True)),
+        list(zip(image_features.ids, image_features.sha256, strict=True)),
+        f"image of {samples.name} has no features in {images.name}",
+    )
+    prompt_rows = _match(
+        opened.samples.prompts, prompt_features.prompts, f"prompt of {samples.name} has no features in {prompts.name}"
+    )
+    return FeatureCache(opened, image_features, prompt_features, image_rows, prompt_rows)
+
+
+def _match(wanted: Sequence[Any], known: Sequence[Any], complaint: str) -> NDArray[np.int64]:
+    row_of = {key: row for row, key in enumerate(known)}
+    missing = [key for key in wanted if key not in row_of]
+    if missing:
+        first = missing[0][0] if isinstance(missing[0], tuple) else missing[0]
+        raise StoreMismatchError(
+            f"these stores do not match: {len(missing)} of {len(wanted)} times an {complaint} (first: {first!r}). "
+            "Extract features for these samples, or name the stores that were extracted from them."
+        )
+    return np.array([row_of[key] for key in wanted], np.int64)
+
+
+def find_store(parent: Path, kind: str) -> Path:
+    """The one store of a kind under a folder.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    found = sorted(parent.glob(f"{kind}-*.zarr"))
+    if len(found) != 1:
+        how_many = "no" if not found else "more than one"
+        raise UsageError(f"{parent} holds {how_many} store of {kind}; name the one you mean.")
+    return found[0]

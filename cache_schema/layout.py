@@ -1,0 +1,134 @@
+"""How an array lies on disk: plain zarr v3 `sharding_indexed`, cut along the first axis only.
+
+A chunk holds `chunk_rows` whole rows and is stored as little-endian bytes followed by their crc32c. A shard holds
+`shard_rows` rows in one file: its chunks end to end, then the index (offset and length of each chunk, 2 x uint64)
+followed by the index's crc32c. Knows nothing about what the arrays mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16
+_BYTES_THEN_CRC32C = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array: its name in the store, shape, data type, chunking and the names of its axes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk_rows: int
+    shard_rows: int
+    axes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.shape or len(self.axes) != len(self.shape):
+            raise ValueError(f"{self.name}: shape {self.shape} and axes {self.axes} must be as long as each other")
+        if self.chunk_rows < 1 or self.shard_rows % self.chunk_rows:
+            raise ValueError(f"{self.name}: a shard of {self.shard_rows} rows is no multiple of {self.chunk_rows}")
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Payload of a chunk, without its checksum."""
+        return self.row_bytes * self.chunk_rows
+
+    @property
+    def chunks_per_shard(self) -> int:
+        return self.shard_rows // self.chunk_rows
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.shard_rows)
+
+    @property
+    def index_bytes(self) -> int:
+        return self.chunks_per_shard * INDEX_ENTRY_BYTES + CRC_BYTES
+
+    def rows_of_shard(self, shard: int) -> range:
+        """The rows that shard number `shard` holds; the last shard may hold fewer than `shard_rows`."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.num_rows))
+
+    def shard_key(self, shard: int) -> str:
+        """The shard's file, relative to the store's folder."""
+        return f"{self.name}/c.{'.'.join(map(str, (shard, *(0 for _ in self.shape[1:]))))}"
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The array's zarr.json."""
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self.shard_rows, *self._row_shape]},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": False if self.dtype == np.bool_ else 0.0 if self.dtype.kind == "f" else 0,
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": [self.chunk_rows, *self._row_shape],
+                        "codecs": _BYTES_THEN_CRC32C,
+                        "index_codecs": _BYTES_THEN_CRC32C,
+                        "index_location": "end",
+                    },
+                }
+            ],
+            "attributes": {},
+            "dimension_names": list(self.axes),
+            "storage_transformers": [],
+        }
+
+    @classmethod
+    def from_metadata(cls, name: str, metadata: Mapping[str, Any]) -> ArrayLayout:
+        """Parse a zarr.json that `to_metadata` could have written.
+
+        Raises:
+            ValueError: the array is stored in another way (compressed, say); open it with zarr-python instead.
+        """
+        try:
+            sharding = metadata["codecs"][0]["configuration"]
+            layout = cls(
+                name=name,
+                shape=tuple(metadata["shape"]),
+                dtype=np.dtype(metadata["data_type"]),
+                chunk_rows=sharding["chunk_shape"][0],
+                shard_rows=metadata["chunk_grid"]["configuration"]["chunk_shape"][0],
+                axes=tuple(metadata["dimension_names"]),
+            )
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{name}: not an uncompressed sharded array of this schema ({error!r})") from error
+        if layout.to_metadata() != dict(metadata):
+            raise ValueError(f"{name}: not stored in the plain sharded layout of this schema")
+        return layout
+
+    @property
+    def _row_shape(self) -> tuple[int, ...]:
+        """The shape of a row; zarr asks for chunks of at least one element along every axis."""
+        return tuple(max(1, length) for length in self.shape[1:])
+
+
+def whole(name: str, shape: tuple[int, ...], dtype: DTypeLike, axes: tuple[str, ...]) -> ArrayLayout:
+    """A small array kept as one chunk in one shard."""
+    rows = max(1, shape[0])
+    return ArrayLayout(name, shape, np.dtype(dtype), chunk_rows=rows, shard_rows=rows, axes=axes)

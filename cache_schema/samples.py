@@ -1,0 +1,216 @@
+"""The samples store: the task itself. Images, unique prompts, and samples that join the two to a target mask.
+
+Arrays (N images, M prompts, S samples; each `*/values`, `*/offsets` pair is a ragged list of bytes, see ragged.py):
+
+    image/id, image/path      UTF-8 strings; paths are relative to the image folder, with "/"
+    image/size                (N, 2) int32, (H, W)
+    image/sha256              (N, 32) uint8, digest of the image file
+    prompt/text               UTF-8 strings, each once
+    sample/id                 UTF-8 strings
+    sample/image, /prompt     (S,) int32 rows of the above
+    sample/target             COCO run-length counts at the image's size
+    sample/no_target          (S,) bool
+    sample/split              (S,) int32 into the identity's "splits"
+    sample/tag/<name>         (S,) int32 into the identity's "tags"[name]; -1 where a sample lacks the tag
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_schema.errors import unknown_name
+from cache_schema.masks import Size, decode_mask
+from cache_schema.ragged import pack_bytes, pack_strings, unpack_bytes, unpack_strings
+from cache_schema.store import StaticArray, Store, StoreHeader, StoreWriter, is_complete, open_store
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """N images: ids, paths relative to the image folder, (N, 2) sizes (H, W), and SHA-256 digests of the files."""
+
+    ids: Sequence[str]
+    paths: Sequence[str]
+    sizes: NDArray[np.int32]
+    sha256: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """S samples over `images` and `prompts`. `tags` maps a tag's name to one value or None for each sample."""
+
+    images: ImageTable
+    prompts: Sequence[str]
+    ids: Sequence[str]
+    image_rows: NDArray[np.int32]
+    prompt_rows: NDArray[np.int32]
+    targets: Sequence[bytes]
+    no_target: NDArray[np.bool_]
+    splits: Sequence[str]
+    tags: Mapping[str, Sequence[str | None]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def size_of(self, sample: int) -> Size:
+        """Original (H, W) of a sample's image."""
+        height, width = self.images.sizes[self.image_rows[sample]].tolist()
+        return height, width
+
+    def target(self, sample: int) -> NDArray[np.bool_]:
+        """A sample's truth, (H, W) at original size."""
+        return decode_mask(self.targets[sample], self.size_of(sample))
+
+    def rows_of_split(self, split: str) -> NDArray[np.int64]:
+        """The samples of one split, in order.
+
+        Raises:
+            UsageError: no sample has that split.
+        """
+        rows = np.flatnonzero(np.array(self.splits) == split)
+        if not len(rows):
+            raise unknown_name("split", split, set(self.splits))
+        return rows
+
+
+@dataclass(frozen=True)
+class SamplesStore:
+    """A samples store that was opened: what it holds, and where its images lie."""
+
+    path: Path
+    fingerprint: str
+    dataset: str
+    samples: Samples
+    image_dir: Path
+
+
+def write_samples(
+    parent: Path,
+    samples: Samples,
+    *,
+    dataset: str,
+    sources: Mapping[str, str],
+    image_dir: Path,
+    libraries: Mapping[str, str],
+) -> tuple[Path, bool]:
+    """Write `samples` under `parent`; return the store's path and whether it was there already.
+
+    Args:
+        dataset: name of the reader the samples came from.
+        sources: SHA-256 of every annotation file, by file name.
+        image_dir: where the images lie now; recorded relative to the store, outside its identity.
+        libraries: versions of the libraries that took part, recorded beside the identity.
+    """
+    split_names, splits = _encode(samples.splits)
+    tag_names: dict[str, list[str]] = {}
+    arrays = [
+        *string_arrays("image/id", samples.images.ids, "image"),
+        *string_arrays("image/path", samples.images.paths, "image"),
+        StaticArray("image/size", samples.images.sizes.astype(np.int32), ("image", "hw")),
+        StaticArray("image/sha256", digest_array(samples.images.sha256), ("image", "byte")),
+        *string_arrays("prompt/text", samples.prompts, "prompt"),
+        *string_arrays("sample/id", samples.ids, "sample"),
+        StaticArray("sample/image", samples.image_rows.astype(np.int32), ("sample",)),
+        StaticArray("sample/prompt", samples.prompt_rows.astype(np.int32), ("sample",)),
+        *_ragged_arrays("sample/target", pack_bytes(samples.targets), "sample"),
+        StaticArray("sample/no_target", samples.no_target.astype(np.bool_), ("sample",)),
+        StaticArray("sample/split", splits, ("sample",)),
+    ]
+    for name in sorted(samples.tags):
+        tag_names[name], codes = _encode(samples.tags[name])
+        arrays.append(StaticArray(f"sample/tag/{name}", codes, ("sample",)))
+    identity = {
+        "dataset": dataset,
+        "sources": dict(sources),
+        "splits": split_names,
+        "tags": tag_names,
+        "arrays": {array.name: hashlib.sha256(np.ascontiguousarray(array.values).data).hexdigest() for array in arrays},
+    }
+    header = StoreHeader("samples", identity, {})
+    recorded = {
+        "image_dir": os.path.relpath(image_dir.resolve(), (parent / header.folder_name).resolve()),
+        "libraries": dict(libraries),
+    }
+    writer = StoreWriter(parent, dataclasses.replace(header, recorded=recorded), (), arrays)
+    if is_complete(writer.path):
+        return writer.path, True
+    writer.begin()
+    writer.finish(())
+    return writer.path, False
+
+
+def open_samples(path: Path, image_dir: Path | None = None) -> SamplesStore:
+    """Open a samples store.
+
+    Args:
+        image_dir: where the images lie, if not where they lay when the store was written.
+
+    Raises:
+        UsageError: no complete samples store is there.
+    """
+    store = open_store(path, "samples")
+    identity = store.header.identity
+    images = ImageTable(
+        ids=read_strings(store, "image/id"),
+        paths=read_strings(store, "image/path"),
+        sizes=store.read("image/size"),
+        sha256=[bytes(row).hex() for row in store.read("image/sha256")],
+    )
+    samples = Samples(
+        images=images,
+        prompts=read_strings(store, "prompt/text"),
+        ids=read_strings(store, "sample/id"),
+        image_rows=store.read("sample/image"),
+        prompt_rows=store.read("sample/prompt"),
+        targets=unpack_bytes(store.read("sample/target/values"), store.read("sample/target/offsets")),
+        no_target=store.read("sample/no_target"),
+        splits=[value or "" for value in _decode(identity["splits"], store.read("sample/split"))],
+        tags={name: _decode(values, store.read(f"sample/tag/{name}")) for name, values in identity["tags"].items()},
+    )
+    store.close()
+    recorded = path / store.header.recorded["image_dir"]
+    return SamplesStore(path, store.header.fingerprint, identity["dataset"], samples, image_dir or recorded)
+
+
+def string_arrays(name: str, items: Sequence[str], axis: str) -> list[StaticArray]:
+    """The two arrays of a ragged list of strings; `read_strings` reads them back."""
+    return _ragged_arrays(name, pack_strings(items), axis)
+
+
+def read_strings(store: Store, name: str) -> list[str]:
+    """A ragged list of UTF-8 strings of a store."""
+    return unpack_strings(store.read(f"{name}/values"), store.read(f"{name}/offsets"))
+
+
+def digest_array(hex_digests: Sequence[str]) -> NDArray[np.uint8]:
+    """(N, 32) uint8 of N SHA-256 digests in hexadecimal."""
+    return np.frombuffer(bytes.fromhex("".join(hex_digests)), np.uint8).reshape(-1, 32)
+
+
+def _ragged_arrays(name: str, packed: tuple[NDArray[np.uint8], NDArray[np.int64]], axis: str) -> list[StaticArray]:
+    values, offsets = packed
+    return [
+        StaticArray(f"{name}/values", values, (f"{axis}_byte",)),
+        StaticArray(f"{name}/offsets", offsets, (f"{axis}_start",)),
+    ]
+
+
+def _encode(values: Sequence[str | None]) -> tuple[list[str], NDArray[np.int32]]:
+    """The sorted vocabulary of `values` and the place of each in it, -1 for None."""
+    vocabulary = sorted({value for value in values if value is not None})
+    place = {value: index for index, value in enumerate(vocabulary)}
+    return vocabulary, np.array([-1 if value is None else place[value] for value in values], np.int32)
+
+
+def _decode(vocabulary: Sequence[str], codes: NDArray[np.int32]) -> list[str | None]:
+    return [vocabulary[code] if code >= 0 else None for code in codes.tolist()]

@@ -1,0 +1,92 @@
+"""A trained head with live encoders: an image once, then as many prompts as one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import nn
+
+from cache_schema.errors import UsageError
+from evaluate.metrics import ORIGINAL_SIZE, Protocol
+from extract.encoders.protocols import ImageEncoder, ImageEncoding, TextEncoder
+from heads.inputs import HeadInputs
+from heads.losses import resize_logits
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a head says to one prompt.
+
+    Args:
+        mask: (H, W) at the image's original size.
+        probability: (H, W), each pixel's probability of belonging to the mask.
+    """
+
+    prompt: str
+    mask: Bool[np.ndarray, "h w"]
+    probability: Float[np.ndarray, "h w"]
+
+
+class Predictor:
+    """Segments what prompts name in an image.
+
+    Args:
+        head: a trained head.
+        image_encoder, text_encoder: the encoders whose features it was trained on.
+        dtype: the data type in which those features were cached; live features are rounded to it, so that a
+            prediction from pixels is the prediction from the cache.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder,
+        *,
+        dtype: torch.dtype = torch.float16,
+        protocol: Protocol = ORIGINAL_SIZE,
+    ) -> None:
+        self._head = head.eval()
+        self._image_encoder = image_encoder
+        self._text_encoder = text_encoder
+        self._dtype = dtype
+        self._protocol = protocol
+        self._encoding: ImageEncoding | None = None
+        self._size = (0, 0)
+
+    def set_image(self, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Encode an (H, W, 3) uint8 RGB image, for every prompt that follows."""
+        self._encoding = self._image_encoder.encode(torch.from_numpy(self._image_encoder.preprocess(image))[None])
+        self._size = (image.shape[0], image.shape[1])
+
+    @torch.inference_mode()
+    def predict(self, prompts: str | Sequence[str]) -> list[Prediction]:
+        """The mask of every prompt, at the image's original size.
+
+        Raises:
+            UsageError: no image was set, or there is no prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if self._encoding is None:
+            raise UsageError("no image is set: call set_image(image) before predict(prompts).")
+        if not prompts or not all(prompt.strip() for prompt in prompts):
+            raise UsageError("there is no prompt, or an empty one: say what to segment.")
+        text = self._text_encoder.encode(self._text_encoder.tokenize(prompts))
+        inputs = HeadInputs(
+            features={layer: grid.to(self._dtype) for layer, grid in self._encoding.features.items()},
+            cls={layer: token.to(self._dtype) for layer, token in self._encoding.cls.items()},
+            prompt_tokens=(text.tokens * text.mask[..., None]).to(self._dtype),
+            prompt_mask=text.mask,
+            pooled=text.pooled.to(self._dtype),
+            image_index=torch.zeros(len(prompts), dtype=torch.long),
+        )
+        logits = self._head(inputs.to(next(self._head.parameters()).device)).mask_logits
+        probabilities = resize_logits(logits.float(), self._size).sigmoid().cpu().numpy()
+        return [
+            Prediction(prompt, self._protocol.binarize(probability), probability)
+            for prompt, probability in zip(prompts, probabilities, strict=True)
+        ]

@@ -1,0 +1,175 @@
+"""The report's plots as inline SVG: the same data gives the same bytes, and nothing outside the text is needed."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+# Each is dark enough to be read as text on white (contrast above 4.5), and they stay apart for colour-blind readers
+# together with the markers.
+COLOURS = ("#1f5fa8", "#b8450b", "#1b7a4b", "#7a3d9a", "#7d5a14", "#b0256b", "#0b7285", "#4a4a4a")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_INK, _RULE = "#333333", "#c9c9c4"
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "headstart",
+    "text.parse_math": False,
+    "font.size": 10.5,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#ebebe6",
+    "grid.linewidth": 0.8,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+_LABEL_GAP = 0.085
+_MAX_MARKED_POINTS = 25
+_NUM_BINS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One head's curve: a value at each step, in the order of the steps."""
+
+    label: str
+    steps: Sequence[float | int]
+    values: Sequence[float | int]
+
+
+def colour_of(index: int) -> str:
+    """The colour of the head at this position, the same in every plot and table."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def draw_curves(name: str, lines: Sequence[Line], description: str, *, from_zero: bool) -> str:
+    """Curves over training steps, each labelled at its end. `name` makes the SVG's ids unique on a page."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, 3.1))
+        axes = figure.add_axes((0.11, 0.15, 0.87 - _label_width([line.label for line in lines]), 0.81))
+        axes.set_xlabel("training step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for index, line in enumerate(lines):
+            marker = _MARKERS[index % len(_MARKERS)] if len(line.steps) <= _MAX_MARKED_POINTS else None
+            axes.plot(line.steps, line.values, color=colour_of(index), marker=marker, markersize=4, linewidth=1.7)
+        axes.margins(x=0.02)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        low, high = axes.get_ylim()
+        drawn = [index for index, line in enumerate(lines) if len(line.values)]
+        heights = _spread([(lines[index].values[-1] - low) / (high - low) for index in drawn])
+        for index, height in zip(drawn, heights, strict=True):
+            axes.annotate(
+                lines[index].label,
+                xy=(lines[index].steps[-1], lines[index].values[-1]),
+                xytext=(1.04, height),
+                textcoords="axes fraction",
+                va="center",
+                color=colour_of(index),
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": colour_of(index),
+                    "linewidth": 0.6,
+                    "shrinkA": 1,
+                    "shrinkB": 3,
+                    "relpos": (0, 0.5),
+                },
+                annotation_clip=False,
+            )
+        return _inline_svg(figure, name, description)
+
+
+def draw_histogram(name: str, iou: Float[np.ndarray, " S"], index: int, most: float, description: str) -> str:
+    """How a head's IoUs are spread over 20 equal bins, as shares of the samples up to `most`, with the median."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, 2.3))
+        axes = figure.add_axes((0.11, 0.2, 0.84, 0.69))
+        axes.grid(visible=False, axis="x")
+        shares = iou_shares(iou)
+        edges = np.linspace(0, 1, _NUM_BINS + 1)
+        axes.bar(edges[:-1], shares, width=1 / _NUM_BINS, align="edge", color=colour_of(index), edgecolor="white")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, most * 1.15)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel("IoU")
+        axes.tick_params(pad=5)
+        median = float(np.median(iou))
+        axes.axvline(median, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.text(
+            median,
+            1.02,
+            f"median {median:.2f}",
+            transform=axes.get_xaxis_transform(),
+            ha="left" if median < 0.2 else "right" if median > 0.8 else "center",
+            va="bottom",
+        )
+        return _inline_svg(figure, name, description)
+
+
+def iou_shares(iou: Float[np.ndarray, " S"]) -> Float[np.ndarray, " bins"]:
+    """The share of the samples in each of 20 equal bins from 0 to 1; IoU 1 belongs to the last."""
+    return np.histogram(iou, bins=_NUM_BINS, range=(0, 1))[0] / len(iou)
+
+
+def _label_width(labels: Sequence[str]) -> float:
+    """The share of a curve's width to leave for its labels."""
+    return min(0.4, 0.05 + 0.017 * max(map(len, labels), default=0))
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """Move label heights (0 to 1) apart until none touches another, keeping their order.
+
+    >>> [round(height, 3) for height in _spread([0.5, 0.5, 0.1])]
+    [0.458, 0.542, 0.1]
+    """
+    clusters: list[tuple[float, list[int]]] = []
+    for index in sorted(range(len(heights)), key=lambda index: heights[index]):
+        centre, members = _place([index], heights)
+        while clusters and centre - clusters[-1][0] < _LABEL_GAP * (len(members) + len(clusters[-1][1])) / 2:
+            centre, members = _place(clusters.pop()[1] + members, heights)
+        clusters.append((centre, members))
+    spread = [0.0] * len(heights)
+    for centre, members in clusters:
+        for place, member in enumerate(members):
+            spread[member] = centre + _LABEL_GAP * (place - (len(members) - 1) / 2)
+    return spread
+
+
+def _place(members: list[int], heights: Sequence[float]) -> tuple[float, list[int]]:
+    """The centre of a stack of labels: the mean of their heights, moved so far that the stack stays inside the plot."""
+    reach = _LABEL_GAP * (len(members) - 1) / 2
+    centre = math.fsum(heights[member] for member in members) / len(members)
+    return min(max(centre, reach), max(1 - reach, reach)), members
+
+
+def _inline_svg(figure: Figure, name: str, description: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    # Ids are unique in a plot, not on a page; and the page, not the plot, decides size and typeface.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
+    view_box = re.search(r'viewBox="[^"]+"', svg)
+    assert view_box is not None
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return f'<svg role="img" aria-label="{label}" {view_box[0]}{svg[svg.index(">") :]}'

@@ -1,0 +1,88 @@
+"""Image files to arrays: decoding with every refusal named, and the preprocessing that encoders share."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cache_schema.masks import Size
+
+MAX_IMAGE_PIXELS = 250_000_000
+"""Larger images are refused before their pixels are decoded."""
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class UndecodableImageError(ValueError):
+    """An image file that cannot be used, with the reason: a ledger entry in the making."""
+
+
+def read_bytes(path: Path) -> tuple[bytes, str]:
+    """A file's bytes and their SHA-256.
+
+    Raises:
+        UndecodableImageError: the file cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UndecodableImageError(f"the file cannot be read ({error.strerror})") from error
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB of an image file's bytes, turned upright as its EXIF orientation says.
+
+    Raises:
+        UndecodableImageError: not an image, cut short, or larger than `MAX_IMAGE_PIXELS`.
+    """
+    if not data:
+        raise UndecodableImageError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(data))
+        with opened:
+            if opened.width * opened.height > MAX_IMAGE_PIXELS:
+                raise UndecodableImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}")
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UndecodableImageError("not an image file") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        if isinstance(error, UndecodableImageError):
+            raise
+        raise UndecodableImageError(f"the image cannot be decoded ({error})") from error
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an upright RGB image to an encoder's input: squash to `input_size`, scale to [0, 1], normalise.
+
+    Squashing keeps the whole image in view: cell (r, c) of a (gh, gw) grid covers the same fraction of the image
+    whatever the aspect ratio was, so a mask comes back by resizing alone. Resampling is Pillow's, with antialiasing.
+    """
+
+    input_size: Size
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: str = "bicubic"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What of it belongs to an encoder's identity."""
+        return {**asdict(self), "aspect": "squash", "resize": "pillow", "orientation": "exif"}
+
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(H, W, 3) uint8 -> (3, h, w) float32 at `input_size`."""
+        height, width = self.input_size
+        resized = Image.fromarray(image).resize((width, height), _RESAMPLING[self.resample])
+        pixels = np.asarray(resized, np.float32) / np.float32(255)
+        normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(normalised.transpose(2, 0, 1))

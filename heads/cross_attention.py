@@ -1,0 +1,190 @@
+"""Cross-attention fusion: image tokens ask the prompt's tokens, then an MLP gives each its logit.
+
+With its default arguments this is the fusion and head of JurasSigLIP: one block of width 768 with 4 heads, no attention
+between image tokens, an MLP of width 512, one logit for each token. Depth, width, self-attention and a learned
+upsampler are what that design lacks: without them no token knows where it is or what its neighbours are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from heads.inputs import FeatureShapes, HeadInputs, HeadOutputs
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries (b, n, `dim`) over a context (b, m, `context_dim`), without biases.
+
+    Args:
+        inner_dim: total width of the heads; the output is projected back to `dim`.
+    """
+
+    def __init__(self, *, dim: int, context_dim: int, inner_dim: int, num_heads: int) -> None:
+        super().__init__()
+        if inner_dim % num_heads:
+            raise ValueError(f"an inner width of {inner_dim} cannot be shared by {num_heads} heads")
+        self.num_heads = num_heads
+        self.to_query = nn.Linear(dim, inner_dim, bias=False)
+        self.to_key = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_value = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_output = nn.Linear(inner_dim, dim, bias=False)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m e"],
+        mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Attend to the context where `mask` is True, everywhere without one."""
+        query, key, value = (
+            projection(source).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, source in ((self.to_query, queries), (self.to_key, context), (self.to_value, context))
+        )
+        bias = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.to_output(attended.transpose(1, 2).flatten(-2))
+
+
+class FusionBlock(nn.Module):
+    """Pre-norm cross-attention of image tokens to prompt tokens, with a residual."""
+
+    def __init__(self, *, dim: int, inner_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dim)
+        self.context_norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim=dim, context_dim=dim, inner_dim=inner_dim, num_heads=num_heads)
+
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], prompt: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"]
+    ) -> Float[Tensor, "b n d"]:
+        """Image tokens that have taken up the prompt."""
+        return tokens + self.attention(self.query_norm(tokens), self.context_norm(prompt), mask)
+
+
+class SelfAttentionBlock(nn.Module):
+    """Pre-norm self-attention between image tokens and a GELU MLP of four times the width, each with a residual."""
+
+    def __init__(self, *, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = Attention(dim=dim, context_dim=dim, inner_dim=dim, num_heads=num_heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Image tokens that have looked at each other."""
+        normed = self.attention_norm(tokens)
+        tokens = tokens + self.attention(normed, normed)
+        return tokens + self.mlp(tokens)
+
+
+class CrossAttentionHead(nn.Module):
+    """Fusion of image and prompt tokens by cross-attention.
+
+    Args:
+        image_width: summed width of the cached layers it reads.
+        token_width: width of the prompt tokens, projected to the fusion's width without bias.
+        layers: cached layers it reads, concatenated along the channels; their grids must be equal.
+        dim: width of the residual stream; by default `image_width`, and then without an input projection.
+        inner_dim: width of the cross-attention; `num_heads` heads share it.
+        hidden_dim: width of the MLP that gives the logits.
+        depth: number of fusion blocks.
+        self_attention: put a self-attention block with 2D sine positions before every fusion block. The first of
+            them does not depend on the prompt and runs once for each image.
+        upsample: side of the square of logits that each token gives.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_width: int,
+        token_width: int,
+        layers: Sequence[str],
+        dim: int | None = None,
+        inner_dim: int = 768,
+        num_heads: int = 4,
+        hidden_dim: int = 512,
+        depth: int = 1,
+        self_attention: bool = False,
+        upsample: int = 1,
+    ) -> None:
+        super().__init__()
+        width = image_width if dim is None else dim
+        self.layers = tuple(layers)
+        self.upsample = upsample
+        self.image_projection = nn.Identity() if dim is None else nn.Linear(image_width, dim)
+        self.prompt_projection = nn.Linear(token_width, width, bias=False)
+        self.fusion = nn.ModuleList(
+            FusionBlock(dim=width, inner_dim=inner_dim, num_heads=num_heads) for _ in range(depth)
+        )
+        self.mixing = nn.ModuleList(
+            SelfAttentionBlock(dim=width, num_heads=num_heads) for _ in range(depth if self_attention else 0)
+        )
+        self.to_logits = nn.Sequential(
+            nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, upsample * upsample)
+        )
+
+    def forward(self, inputs: HeadInputs) -> HeadOutputs:
+        """(b, gh * upsample, gw * upsample) mask logits."""
+        grids = torch.cat([inputs.features[layer] for layer in self.layers], dim=-1)
+        height, width = grids.shape[1:3]
+        tokens = self.image_projection(grids.flatten(1, 2))
+        prompt = self.prompt_projection(inputs.prompt_tokens)
+        if self.mixing:
+            tokens = self.mixing[0](tokens + sine_positions(height, width, tokens.shape[-1]).to(tokens))
+        tokens = tokens[inputs.image_index]
+        for index, fusion in enumerate(self.fusion):
+            if index and self.mixing:
+                tokens = self.mixing[index](tokens)
+            tokens = fusion(tokens, prompt, inputs.prompt_mask)
+        logits = self.to_logits(tokens).transpose(1, 2).unflatten(2, (height, width))
+        return HeadOutputs(F.pixel_shuffle(logits, self.upsample).squeeze(1))
+
+
+def sine_positions(height: int, width: int, dim: int) -> Float[Tensor, "n d"]:
+    """(height * width, dim) fixed sines and cosines of the row (first half of the channels) and the column (second).
+
+    Positions run from 0 to 1 whatever the grid, in frequencies from half a period to one per two cells of a 32-grid.
+    """
+    if dim % 4:
+        raise ValueError(f"2D sine positions need a width that is a multiple of 4; got {dim}")
+    frequencies = torch.pi * torch.logspace(0, 5, dim // 4, base=2)
+    rows, columns = ((torch.arange(size) + 0.5)[:, None] / size * frequencies for size in (height, width))
+    row_waves, column_waves = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in (rows, columns))
+    grid = torch.cat([row_waves[:, None].expand(-1, width, -1), column_waves[None].expand(height, -1, -1)], dim=-1)
+    return grid.flatten(0, 1)
+
+
+def build_cross_attention(
+    shapes: FeatureShapes,
+    *,
+    layers: Sequence[str] | None = None,
+    dim: int | None = None,
+    inner_dim: int = 768,
+    num_heads: int = 4,
+    hidden_dim: int = 512,
+    depth: int = 1,
+    self_attention: bool = False,
+    upsample: int = 1,
+) -> CrossAttentionHead:
+    """A cross-attention head for cached features, by default on the last layer that was cached."""
+    layers = tuple(layers) if layers else (list(shapes.grids)[-1],)
+    grids = {shapes.grids[layer][:2] for layer in layers}
+    if len(grids) != 1:
+        raise ValueError(f"layers {', '.join(layers)} have different grids ({sorted(grids)}); name layers of one grid")
+    return CrossAttentionHead(
+        image_width=sum(shapes.grids[layer][2] for layer in layers),
+        token_width=shapes.token_width,
+        layers=layers,
+        dim=dim,
+        inner_dim=inner_dim,
+        num_heads=num_heads,
+        hidden_dim=hidden_dim,
+        depth=depth,
+        self_attention=self_attention,
+        upsample=upsample,
+    )

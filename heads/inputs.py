@@ -1,0 +1,71 @@
+"""What every head takes and returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FeatureShapes:
+    """The shapes a head is built for: (gh, gw, d) of each cached layer, and the widths of prompt features."""
+
+    grids: Mapping[str, tuple[int, int, int]]
+    token_width: int
+    pooled_width: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> FeatureShapes:
+        grids = {layer: (int(gh), int(gw), int(d)) for layer, (gh, gw, d) in value["grids"].items()}
+        return cls(grids, int(value["token_width"]), int(value["pooled_width"]))
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """b prompts over i unique images.
+
+    Args:
+        features: token grids by layer; grids may differ from layer to layer.
+        cls: CLS tokens by layer.
+        prompt_tokens, prompt_mask: token features of each prompt, padded on the right; the mask is True on tokens.
+        pooled: pooled prompt features.
+        image_index: which of the i images each prompt is about.
+    """
+
+    features: Mapping[str, Float[Tensor, "i _ _ _"]]
+    cls: Mapping[str, Float[Tensor, "i _"]]
+    prompt_tokens: Float[Tensor, "b l e"]
+    prompt_mask: Bool[Tensor, "b l"]
+    pooled: Float[Tensor, "b p"]
+    image_index: Int[Tensor, " b"]
+
+    def to(self, device: torch.device | str) -> HeadInputs:
+        """The same inputs in float32 on a device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, torch.float32, non_blocking=True)
+
+        return HeadInputs(
+            features={layer: move(tensor) for layer, tensor in self.features.items()},
+            cls={layer: move(tensor) for layer, tensor in self.cls.items()},
+            prompt_tokens=move(self.prompt_tokens),
+            prompt_mask=self.prompt_mask.to(device),
+            pooled=move(self.pooled),
+            image_index=self.image_index.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """Mask logits of b prompts at the head's own resolution; a pixel belongs to the mask where they are above 0."""
+
+    mask_logits: Float[Tensor, "b h w"]

@@ -1,0 +1,307 @@
+"""The training loop: one head, one cache, one run folder. Explicit, resumable inside an epoch, no callbacks.
+
+run/
+    config.json      what is trained, on which stores, with which settings
+    metrics.jsonl    one JSON object for each validation
+    best/, last/     the head at its best validation and at its last
+    state.pt         everything an exact resume needs; removed when training is over
+    training.json    written last: training is over
+    tensorboard/     event files
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cache_schema import atomic
+from cache_schema.errors import UsageError
+from cache_schema.features import FeatureCache
+from cache_schema.fingerprint import fingerprint
+from cache_schema.masks import Size
+from heads.checkpoint import HeadSpec, save_head
+from heads.data import CachedSplit, Residency, feature_shapes, prefetch
+from heads.losses import TERMS, mask_loss, resize_logits
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train one head.
+
+    Args:
+        head, arguments: which head, and the arguments its builder takes.
+        loss: weight of each term of `heads.losses.TERMS`.
+        prompts_per_image: prompts of one image that stand side by side in a batch and share its features.
+        warmup: share of all steps over which the learning rate rises to `learning_rate`; a cosine to 0 follows.
+        clip_norm: gradients are scaled down to this norm.
+        patience: validations without a better score after which training stops; None never stops it.
+        target_size: (H, W) at which the loss is taken and the validation score measured.
+        checkpoint_steps: a killed run loses at most this many steps.
+    """
+
+    head: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, float] = field(default_factory=lambda: {"bce": 1.0, "dice": 1.0})
+    epochs: int = 20
+    batch_size: int = 64
+    prompts_per_image: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    warmup: float = 0.05
+    clip_norm: float = 1.0
+    patience: int | None = 5
+    target_size: Size = (96, 96)
+    checkpoint_steps: int = 100
+    seed: int = 0
+    mixed_precision: str = "no"
+    train_split: str = "train"
+    val_split: str = "val"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A finished run: its folder, its best validation, and whether it was there already."""
+
+    run_dir: Path
+    best_step: int
+    best_val_mean_iou: float
+    num_steps: int
+    stopped_early: bool
+    num_parameters: int
+    seconds: float
+    reused: bool
+
+
+def train(
+    config: TrainConfig,
+    cache: FeatureCache,
+    run_dir: Path,
+    *,
+    encoders: Mapping[str, Any] | None = None,
+    residency: Residency = "auto",
+) -> Training:
+    """Train one head on one cache, or go on where an earlier call was killed; a finished run is left as it is.
+
+    Args:
+        encoders: how to load the encoders whose features these are; recorded for whoever predicts on new images.
+
+    Raises:
+        UsageError: the head, its arguments or the loss are unknown, or `run_dir` holds another run.
+    """
+    unknown_terms = sorted(set(config.loss) - set(TERMS))
+    if unknown_terms:
+        raise UsageError(f"unknown loss {', '.join(unknown_terms)}; the terms are {', '.join(TERMS)}.")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=str(run_dir / "tensorboard")
+    )
+    spec = HeadSpec(config.head, config.arguments, feature_shapes(cache))
+    torch.manual_seed(config.seed)
+    head = spec.build()
+    _claim(run_dir, run_identity(config, cache), {"shapes": spec.shapes.to_dict(), "encoders": dict(encoders or {})})
+    if (run_dir / "training.json").is_file():
+        return Training(run_dir, reused=True, **json.loads((run_dir / "training.json").read_bytes()))
+
+    layers = getattr(head, "layers", None)
+    train_split = CachedSplit(cache, config.train_split, config.target_size, layers, residency)
+    val_split = CachedSplit(cache, config.val_split, config.target_size, layers, residency)
+    steps_per_epoch = len(_epoch(config, train_split, 0, accelerator))
+    num_steps = config.epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_share(step, num_steps, config.warmup)
+    )
+    model, optimizer = accelerator.prepare(head, optimizer)
+
+    progress = _Progress()
+    if (run_dir / "state.pt").is_file():
+        progress = _restore(run_dir / "state.pt", head, optimizer, schedule)
+    accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": progress.step}})
+    bar = tqdm(total=num_steps, initial=progress.step, desc=f"training {config.head}", unit="step")
+    started = time.perf_counter() - progress.elapsed_s
+
+    while progress.step < num_steps and not _is_exhausted(progress, config):
+        epoch, first = divmod(progress.step, steps_per_epoch)
+        order = _epoch(config, train_split, epoch, accelerator)[first:]
+        for batch in prefetch(train_split.load(samples) for samples in order):
+            with accelerator.autocast():
+                outputs = model(batch.inputs.to(accelerator.device))
+                loss = mask_loss(outputs.mask_logits, batch.targets.to(accelerator.device), config.loss)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(head.parameters(), config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress.step += 1
+            progress.loss_sum += loss.item()
+            progress.loss_count += 1
+            bar.update()
+            if progress.step % config.checkpoint_steps == 0 and progress.step % steps_per_epoch:
+                progress.elapsed_s = time.perf_counter() - started
+                _save_state(run_dir / "state.pt", progress, head, optimizer, schedule)
+
+        entry = {
+            "step": progress.step,
+            "epoch": epoch + 1,
+            "train_loss": progress.loss_sum / progress.loss_count,
+            **validate(model, val_split, config, accelerator),
+            "learning_rate": schedule.get_last_lr()[0],
+            "elapsed_s": round(time.perf_counter() - started, 3),
+        }
+        accelerator.log({key: value for key, value in entry.items() if isinstance(value, float)}, step=progress.step)
+        improved = not progress.history or entry["val_mean_iou"] > progress.best["val_mean_iou"]
+        progress = _Progress(progress.step, time.perf_counter() - started, history=[*progress.history, entry])
+        bar.set_postfix(loss=f"{entry['train_loss']:.3f}", val_mean_iou=f"{entry['val_mean_iou']:.3f}")
+        if accelerator.is_main_process:
+            if improved:
+                save_head(run_dir / "best", spec, head)
+            save_head(run_dir / "last", spec, head)
+            lines = "".join(json.dumps(line) + "\n" for line in progress.history)
+            atomic.write_file(run_dir / "metrics.jsonl", lines.encode())
+            _save_state(run_dir / "state.pt", progress, head, optimizer, schedule)
+
+    bar.close()
+    accelerator.end_training()
+    summary = {
+        "best_step": progress.best["step"],
+        "best_val_mean_iou": progress.best["val_mean_iou"],
+        "num_steps": progress.step,
+        "stopped_early": progress.step < num_steps,
+        "num_parameters": sum(parameter.numel() for parameter in head.parameters()),
+        "seconds": round(progress.elapsed_s, 3),
+    }
+    atomic.write_json(run_dir / "training.json", summary)
+    atomic.remove(run_dir / "state.pt")
+    return Training(run_dir, reused=False, **summary)
+
+
+def run_identity(config: TrainConfig, cache: FeatureCache) -> dict[str, Any]:
+    """Everything that decides what a run learns: its settings and the fingerprints of its stores."""
+    return {"config": dataclasses.asdict(config), "stores": cache.fingerprints}
+
+
+def run_name(config: TrainConfig, cache: FeatureCache) -> str:
+    """A folder name for a run: the head and the first 12 digits of the run's fingerprint."""
+    return f"{config.head}-{fingerprint(run_identity(config, cache))[:12]}"
+
+
+def learning_rate_share(step: int, num_steps: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: a linear rise over `warmup` of all steps, then a cosine to 0.
+
+    >>> [round(learning_rate_share(step, 100, 0.1), 2) for step in (0, 9, 10, 55, 100)]
+    [0.1, 1.0, 1.0, 0.5, 0.0]
+    """
+    warmup_steps = max(1, round(warmup * num_steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, split: CachedSplit, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Validation scores at the targets' resolution, threshold 0.5; an empty prediction of an empty truth counts as 1.
+
+    They steer training. The scores to report are measured at the images' original sizes, by `evaluate`.
+    """
+    model.eval()
+    loss, ious, intersections, unions = 0.0, [], 0, 0
+    for batch in prefetch(split.load(samples) for samples in split.in_order(config.batch_size)):
+        logits = model(batch.inputs.to(accelerator.device)).mask_logits
+        targets = batch.targets.to(accelerator.device)
+        loss += float(mask_loss(logits, targets, config.loss)) * len(targets)
+        predicted = resize_logits(logits.float(), config.target_size) > 0
+        intersection, union = _overlap(predicted, targets > 0.5)
+        ious += torch.where(union > 0, intersection / union.clamp(min=1), 1.0).tolist()
+        intersections += int(intersection.sum())
+        unions += int(union.sum())
+    model.train()
+    return {
+        "val_loss": loss / len(split),
+        "val_mean_iou": math.fsum(ious) / len(ious),
+        "val_overall_iou": intersections / max(1, unions),
+        "val_resolution": list(config.target_size),
+    }
+
+
+def _overlap(predicted: Tensor, truth: Tensor) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Pixels in both masks and pixels in either, for each of b masks."""
+    return (predicted & truth).flatten(1).sum(1).double(), (predicted | truth).flatten(1).sum(1).double()
+
+
+@dataclass
+class _Progress:
+    """How far a run is. Losses are summed since the last validation; `history` holds every validation."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        return max(self.history, key=lambda entry: entry["val_mean_iou"])
+
+
+def _epoch(config: TrainConfig, split: CachedSplit, epoch: int, accelerator: Accelerator) -> list[Any]:
+    return split.epoch(
+        seed=config.seed,
+        epoch=epoch,
+        batch_size=config.batch_size,
+        prompts_per_image=config.prompts_per_image,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+
+
+def _is_exhausted(progress: _Progress, config: TrainConfig) -> bool:
+    if config.patience is None or not progress.history:
+        return False
+    since_best = len(progress.history) - 1 - progress.history.index(progress.best)
+    return since_best >= config.patience
+
+
+def _claim(run_dir: Path, identity: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    """Write the run's config.json, or make sure that the one that is there describes the same run."""
+    path = run_dir / "config.json"
+    identity = json.loads(json.dumps(identity))
+    if path.is_file():
+        found = json.loads(path.read_bytes())
+        if {key: found.get(key) for key in identity} != identity:
+            raise UsageError(f"{run_dir} holds a run with other settings or stores; name another folder or remove it.")
+        return
+    atomic.write_json(path, {**identity, **more})
+
+
+def _save_state(path: Path, progress: _Progress, head: nn.Module, optimizer: Any, schedule: Any) -> None:
+    buffer = io.BytesIO()
+    state = {
+        "progress": dataclasses.asdict(progress),
+        "head": head.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": {"last_epoch": schedule.last_epoch, "_step_count": schedule._step_count},
+        "rng": torch.get_rng_state(),
+    }
+    torch.save(state, buffer)
+    atomic.write_file(path, buffer.getbuffer())
+
+
+def _restore(path: Path, head: nn.Module, optimizer: Any, schedule: Any) -> _Progress:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    head.load_state_dict(state["head"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["rng"])
+    return _Progress(**state["progress"])

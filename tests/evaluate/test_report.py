@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from cache_schema.errors import UsageError
+from evaluate.metrics import Protocol, SampleScores, compute, score_mask
+from evaluate.report import HEADLINE_METRICS, Example, RunReport, write_report
+from evaluate.report_plots import Line, draw_curves
+
+NASTY = """<script>alert("&")</script> 'https://example.org/x.png'"""
+IMAGE = np.full((30, 40, 3), 120, np.uint8)
+
+
+def mask(width):
+    mask = np.zeros((30, 40), np.bool_)
+    mask[5:25, :width] = True
+    return mask
+
+
+def make_run(head, shift=0):
+    truths, widths = [mask(20)] * 5 + [mask(0)], [4, 8, 12, 16, 20 - shift, shift]
+    scores = SampleScores.concatenate(
+        [score_mask(mask(width), truth, no_target=not truth.any()) for width, truth in zip(widths, truths, strict=True)]
+    )
+    prompts = ["dog", "the dog", "the dog on the left", NASTY, "a red dog here", "unicorn"]
+    examples = [
+        Example(IMAGE, mask(20), mask(4 * number), prompt, 0.2 * number, group, {"kind": "attribute", "other": None})
+        for number, (group, prompt) in enumerate(
+            [("worst", "last"), ("best", NASTY), ("median", "mid"), ("best", "two")]
+        )
+    ]
+    history = [
+        {"step": step, "epoch": 0, "train_loss": 1 / (1 + step) if step else None, "val_mean_iou": step / 100}
+        | {"val_overall_iou": 0.1, "learning_rate": 1e-3, "elapsed_s": step * 1.5}
+        for step in range(0, 50, 10)
+    ]
+    tags = {"kind": ["attribute", "attribute", "relation", "relation", None, "no target"]}
+    return RunReport(head, history, scores, prompts, tags, examples, 1_234_567)
+
+
+def make_results(runs):
+    return {
+        "runs": [
+            {"head": run.head, "run_dir": f"runs/{run.head}-1", "metrics": compute((run.scores,)), "slices": {}}
+            for run in runs
+        ],
+        "baselines": {"all_empty": {"mean_iou": 0.0123, "n_acc": None}, "centre_prior": {"mean_iou": 0.0456}},
+        "protocol": Protocol().to_dict(),
+        "seconds": {"extract": {"images": 12.34}, "train": 60.0},
+        "provenance": {"stores": {"images": "f" * 64}},
+    }
+
+
+RUNS = [make_run("linear"), make_run("film", shift=6)]
+
+
+def write(tmp_path, runs=RUNS, notes=("The encoders are untrained.",), title="A title", **changes):
+    results = {**make_results(runs), **changes}
+    return write_report(tmp_path / "report.html", results, runs, notes, title).read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with their attributes, and the text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts, self.rows, self.in_cell = [], [], [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.in_cell:
+            self.rows[-1][-1] += data.strip()
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+def test_the_page_fetches_nothing(html, page):
+    for _, attrs in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "poster", "data", "action"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:"))
+    assert not {"script", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert any("default-src 'none'" in attrs.get("content", "") for attrs in page.of("meta"))
+
+
+def test_a_prompt_is_text_and_never_markup(html, page):
+    assert NASTY not in html
+    assert NASTY in page.text
+
+
+def test_title_notes_and_names_are_escaped_too(tmp_path):
+    run = replace(RUNS[0], head="<i>$head$", tags={"<u>tag": ["<u>value"] * 6})
+    html = write(tmp_path, [run], notes=["<em>note", "two"], title="<b>title", seconds={"<s>stage": 1.0})
+    for markup in ("<i>$", "<u>", "<em>", "<b>title", "<s>stage"):
+        assert markup not in html
+    assert "<i>$head$" in Page(html).text
+
+
+def test_all_sections_are_there_and_the_contents_lead_to_them(page):
+    sections = [attrs["id"] for attrs in page.of("section")]
+    assert sections == [
+        "results", "protocol", "slices", "training", "histograms", "examples", "time", "provenance", "glossary",
+    ]  # fmt: skip
+    links = {attrs["href"] for attrs in page.of("a")}
+    assert links == {f"#{section}" for section in sections}
+
+
+def test_the_page_says_what_was_found_and_what_to_know(page):
+    assert "linear reaches a mean IoU of 0.667, the best of the heads" in page.text
+    assert "the best baseline, “centre prior”, reaches 0.046" in page.text
+    assert "The encoders are untrained." in page.text
+
+
+def test_heads_that_do_not_beat_a_baseline_are_said_not_to(tmp_path):
+    html = write(tmp_path, baselines={"all_empty": {"mean_iou": 0.9}})
+    assert "That is no better than the baseline “all empty” at 0.900." in html
+
+
+def test_the_headline_table_has_heads_then_baselines(page):
+    rows = [row for row in page.rows if row[0] in ("linear", "film", "all empty", "centre prior")]
+    assert [row[0] for row in rows] == ["linear", "film", "all empty", "centre prior"]
+    assert rows[0][1] == "0.667"
+    assert rows[0][-2:] == ["1.23 M", "60.0"]
+    assert rows[2][1:3] == ["0.012", "\N{EN DASH}"]
+
+
+def test_the_best_head_is_bold_and_equal_heads_are_not(html):
+    bold = re.findall(r"<b>([^<]+)</b>", html)
+    ours, other = (compute((run.scores,)) for run in RUNS)
+    assert ours["n_acc"] > other["n_acc"]
+    assert ours["t_acc"] == other["t_acc"]
+    assert bold == [f"{ours[name]:.3f}" for name in HEADLINE_METRICS if ours[name] > other[name]]
+
+
+def test_the_protocol_is_told_in_words(page):
+    assert "Masks are compared at the original size of each image." in page.text
+    assert "A pixel is marked where its probability is > 0.5." in page.text
+    assert "An empty prediction of an empty truth counts as IoU 1." in page.text
+    assert "says “no target” below 50 marked pixels" in page.text
+
+
+def test_another_resolution_is_named(tmp_path):
+    html = write(tmp_path, protocol=Protocol(resolution="352 x 352").to_dict())
+    assert "Masks are compared at 352 x 352, not at the original size" in html
+
+
+def test_slices_show_samples_and_one_number_for_each_head(page):
+    assert ["attribute", "2", "0.300", "0.300"] in page.rows
+    assert ["no target", "1", "1.000", "0.000"] in page.rows
+    assert {"1-2", "3-4", "5-7", "none", "small"} <= {row[0] for row in page.rows}
+
+
+def test_a_tag_with_many_values_shows_the_most_frequent(tmp_path):
+    run = make_run("linear")
+    scores = SampleScores.concatenate([run.scores] * 10)
+    many = replace(
+        run, scores=scores, prompts=run.prompts * 10, tags={"category": [f"c{n % 30:02}" for n in range(59)] + ["c00"]}
+    )
+    page = Page(write(tmp_path, [many]))
+    shown = [row[0] for row in page.rows if re.fullmatch(r"c\d\d", row[0])]
+    assert shown == sorted(shown)
+    assert len(shown) == 24
+    assert "6 more are in results.json" in page.text
+
+
+def test_examples_come_best_median_worst_and_in_the_order_given(page):
+    first = page.text[page.text.index("Examples The image") :]
+    places = [first.index(text) for text in ("Best", NASTY, "“two”", "Around the median", "“mid”", "Worst", "“last”")]
+    assert places == sorted(places)
+
+
+def test_only_the_first_heads_examples_are_open(page):
+    opened = ["open" in attrs for attrs in page.of("details")]
+    assert opened == [True, False]
+
+
+def test_every_picture_has_a_size_and_says_what_it_shows(page):
+    images = page.of("img")
+    assert len(images) == 2 * 4 * 3
+    assert all(image["alt"] and image["width"] and image["height"] for image in images)
+    assert "Prediction: nothing is marked" in {image["alt"] for image in images}
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.of("svg"))
+
+
+def test_every_header_cell_says_what_it_heads(page):
+    assert {attrs.get("scope") for attrs in page.of("th")} == {"col", "row", "rowgroup"}
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(html, page):
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
+    assert {attrs["xlink:href"][1:] for attrs in page.of("use")} <= set(ids)
+
+
+def test_stages_and_provenance_are_listed(page):
+    assert ["extract · images", "12.3"] in page.rows
+    assert ["Run of film", "runs/film-1"] in page.rows
+    assert ["stores · images", "f" * 64] in page.rows
+
+
+def test_a_page_written_twice_is_the_same_to_the_byte(tmp_path, html):
+    assert write(tmp_path / "new" / "folder") == html
+
+
+def test_a_page_with_many_large_pictures_stays_light(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    truth = np.zeros((480, 640), np.bool_)
+    example = Example(noise, truth, truth, "noise", 1.0, "best", {})
+    write(tmp_path, [replace(RUNS[0], examples=[example] * 20)])
+    assert (tmp_path / "report.html").stat().st_size < 4_000_000
+
+
+def test_a_run_without_history_or_examples_is_still_shown(tmp_path):
+    page = Page(write(tmp_path, [replace(RUNS[0], history=[], examples=[])], notes=[], seconds={}, baselines={}))
+    assert "No validation was recorded" in page.text
+    assert "No example was kept" in page.text
+
+
+def test_results_of_other_heads_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="evaluate these runs again"):
+        write_report(tmp_path / "report.html", make_results(RUNS), RUNS[:1], [], "title")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_on_nothing_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="train a head first"):
+        write(tmp_path, [])
+
+
+def test_labels_of_curves_that_end_together_do_not_overlap():
+    lines = [Line(f"head {number}", [0, 1], [0.1, 0.5]) for number in range(6)]
+    svg = draw_curves("plot", lines, "Six equal curves", from_zero=True)
+    heights = [float(height) for height in re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>head \d', svg)]
+    assert len(heights) == 6
+    assert np.diff(sorted(heights)).min() > 10
+
+
+def test_a_single_validation_can_be_drawn():
+    assert "head" in draw_curves("plot", [Line("head", [5], [0.25])], "One point", from_zero=False)
