@@ -52,8 +52,8 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all it holds, if it is there."""
-    if path.is_dir():
+    """Remove a file, a link, or a folder with all it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         for child in path.iterdir():
             remove(child)
         path.rmdir()

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_schema.errors import StoreMismatchError, UsageError
+from cache_schema.fingerprint import fingerprint
 from cache_schema.samples import SamplesStore, open_samples, read_strings
 from cache_schema.shards import ArrayReader
 from cache_schema.store import Store, open_store
@@ -111,6 +112,12 @@ class FeatureCache:
             "image_features": self.images.store.header.fingerprint,
             "prompt_features": self.prompts.store.header.fingerprint,
         }
+
+    @property
+    def encoder_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the two encoders alone, whatever images and prompts they saw."""
+        headers = {"image": self.images.store.header, "text": self.prompts.store.header}
+        return {side: fingerprint(header.identity["encoder"]) for side, header in headers.items()}
 
     def usable_samples(self, split: str) -> NDArray[np.int64]:
         """The samples of a split whose image could be encoded."""

@@ -240,7 +240,7 @@ def read_header(path: Path) -> tuple[StoreHeader, dict[str, ArrayLayout]]:
             for name, metadata in root["consolidated_metadata"]["metadata"].items()
             if metadata["node_type"] == "array"
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{path}/zarr.json is damaged ({error}); extract the store again.") from error
     if header.kind not in get_args(StoreKind) or header.fingerprint != attributes["fingerprint"]:
         raise DamagedStoreError(f"{path}/zarr.json does not match the fingerprint it carries; extract the store again.")

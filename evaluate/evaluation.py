@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
-from torch import nn
 from tqdm import tqdm
 
 from cache_schema import atomic
@@ -32,10 +31,11 @@ from evaluate.metrics import (
     standard_tags,
     update,
 )
+from evaluate.predictor import open_image
 from evaluate.report import Example, Group, RunReport, write_report
-from extract.images import decode_image, read_bytes
 from heads.checkpoint import load_head
 from heads.data import CachedSplit, prefetch
+from heads.inputs import Head
 from heads.losses import resize_logits
 
 BATCH_SIZE = 64
@@ -150,9 +150,8 @@ def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Proto
     )
 
 
-@torch.inference_mode()
 def predict_masks(
-    head: nn.Module,
+    head: Head,
     cache: FeatureCache,
     data: CachedSplit,
     batches: Sequence[NDArray[np.int64]],
@@ -161,7 +160,8 @@ def predict_masks(
     """Each sample's row and the head's mask for it, (H, W) at the image's original size."""
     device = next(head.parameters()).device
     for batch in prefetch(data.load(samples) for samples in batches):
-        logits = head(batch.inputs.to(device)).mask_logits.float()
+        with torch.inference_mode():
+            logits = head(batch.inputs.to(device)).mask_logits.float()
         for row, prompt_logits in zip(batch.samples.tolist(), logits, strict=True):
             resized = resize_logits(prompt_logits[None], cache.samples.samples.size_of(row))[0]
             yield row, protocol.binarize(resized.sigmoid().cpu().numpy())
@@ -209,9 +209,8 @@ def _examples(evaluation: Evaluation, cache: FeatureCache, split: str, protocol:
     masks = dict(predict_masks(head, cache, data, [rows], protocol)) if len(rows) else {}
     for place, group in chosen:
         row = int(evaluation.samples[place])
-        data_bytes, _ = read_bytes(cache.samples.image_dir / samples.images.paths[samples.image_rows[row]])
         yield Example(
-            image=decode_image(data_bytes),
+            image=open_image(cache.samples.image_dir / samples.images.paths[samples.image_rows[row]]),
             truth=samples.target(row),
             predicted=masks[row],
             prompt=samples.prompts[samples.prompt_rows[row]],

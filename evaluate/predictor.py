@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from torch import nn
 
 from cache_schema.errors import UsageError
 from evaluate.metrics import ORIGINAL_SIZE, Protocol
 from extract.encoders.protocols import ImageEncoder, ImageEncoding, TextEncoder
-from heads.inputs import HeadInputs
+from extract.images import UndecodableImageError, decode_image, read_bytes
+from heads.inputs import Head, HeadInputs
 from heads.losses import resize_logits
 
 
@@ -31,6 +32,18 @@ class Prediction:
     probability: Float[np.ndarray, "h w"]
 
 
+def open_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """(H, W, 3) uint8 RGB of an image file, turned upright.
+
+    Raises:
+        UsageError: the file is missing or no image.
+    """
+    try:
+        return decode_image(read_bytes(path)[0])
+    except UndecodableImageError as error:
+        raise UsageError(f"{path} cannot be used: {error}. Name an image file such as a JPEG or a PNG.") from error
+
+
 class Predictor:
     """Segments what prompts name in an image.
 
@@ -43,7 +56,7 @@ class Predictor:
 
     def __init__(
         self,
-        head: nn.Module,
+        head: Head,
         image_encoder: ImageEncoder,
         text_encoder: TextEncoder,
         *,
@@ -58,10 +71,17 @@ class Predictor:
         self._encoding: ImageEncoding | None = None
         self._size = (0, 0)
 
-    def set_image(self, image: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Encode an (H, W, 3) uint8 RGB image, for every prompt that follows."""
+    def set_image(self, image: UInt8[np.ndarray, "h w 3"] | str | Path) -> Predictor:
+        """Encode an image, a file or an (H, W, 3) uint8 RGB array, for every prompt that follows.
+
+        Raises:
+            UsageError: the file is missing or no image.
+        """
+        if isinstance(image, str | Path):
+            image = open_image(Path(image))
         self._encoding = self._image_encoder.encode(torch.from_numpy(self._image_encoder.preprocess(image))[None])
         self._size = (image.shape[0], image.shape[1])
+        return self
 
     @torch.inference_mode()
     def predict(self, prompts: str | Sequence[str]) -> list[Prediction]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,9 @@ class Extraction:
     num_reused: int
     num_failed: int
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
 
     def summary(self, noun: str) -> str:
         """One sentence for people: what was done, what was there already, and what failed."""
@@ -115,9 +118,14 @@ def recorded_provenance(source: str, num_items: int, store: Path) -> dict[str, A
 
     A folder is recorded relative to the store, a hub id as it is; `resolve_source` undoes it.
     """
-    is_folder = Path(source).exists()
-    encoder = {"folder": os.path.relpath(Path(source).resolve(), store.resolve())} if is_folder else {"hub": source}
-    return {"encoder": encoder, "num_items": num_items, "libraries": library_versions()}
+    return {"encoder": portable_source(source, store), "num_items": num_items, "libraries": library_versions()}
+
+
+def portable_source(source: str, base: Path) -> dict[str, str]:
+    """An encoder's folder or hub id in a form that survives a move of `base` together with the folder."""
+    if Path(source).exists():
+        return {"folder": os.path.relpath(Path(source).resolve(), base.resolve())}
+    return {"hub": source}
 
 
 def resolve_source(recorded: Mapping[str, str], base: Path) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -36,6 +37,16 @@ class Prepared:
     num_samples: int
     num_samples_of_split: dict[str, int]
     reused: bool
+
+    def summary(self) -> str:
+        """One sentence for people."""
+        splits = ", ".join(f"{split} {count}" for split, count in self.num_samples_of_split.items())
+        verb = "found" if self.reused else "wrote"
+        counts = f"{self.num_images} images, {self.num_prompts} prompts, {self.num_samples} samples ({splits})"
+        return f"{verb} {counts} -> {self.path.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
 
 
 def prepare(config: PrepareConfig) -> Prepared:

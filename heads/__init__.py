@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
 from cache_schema.errors import UsageError, unknown_name
 from heads.cross_attention import build_cross_attention
-from heads.inputs import FeatureShapes
+from heads.inputs import FeatureShapes, Head
 from heads.linear import build_linear
 
-HEADS: dict[str, Callable[..., nn.Module]] = {
+HEADS: dict[str, Callable[..., Head]] = {
     "linear": build_linear,
     "cross_attention": build_cross_attention,
 }
 """Every head by name. A builder takes `FeatureShapes` and plain keyword arguments."""
 
 
-def build_head(name: str, shapes: FeatureShapes, arguments: Mapping[str, Any]) -> nn.Module:
+def head_arguments(name: str) -> set[str]:
+    """Names of the keyword arguments that a head's builder takes."""
+    return set(inspect.signature(HEADS[name]).parameters) - {"shapes"}
+
+
+def build_head(name: str, shapes: FeatureShapes, arguments: Mapping[str, Any]) -> Head:
     """Build a head by name.
 
     Raises:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
 
 from cache_schema import atomic
 from cache_schema.errors import UsageError
 from heads import build_head
-from heads.inputs import FeatureShapes
+from heads.inputs import FeatureShapes, Head
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class HeadSpec:
     arguments: Mapping[str, Any]
     shapes: FeatureShapes
 
-    def build(self) -> nn.Module:
+    def build(self) -> Head:
         return build_head(self.head, self.shapes, self.arguments)
 
     def to_dict(self) -> dict[str, Any]:
         return {"head": self.head, "arguments": dict(self.arguments), "shapes": self.shapes.to_dict()}
 
 
-def save_head(folder: Path, spec: HeadSpec, head: nn.Module) -> None:
+def save_head(folder: Path, spec: HeadSpec, head: Head) -> None:
     """Write a head's weights and config, each file whole or not at all."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
     atomic.write_json(folder / "config.json", spec.to_dict())
     atomic.write_file(folder / "model.safetensors", save(weights))
 
 
-def load_head(folder: Path) -> tuple[HeadSpec, nn.Module]:
+def load_head(folder: Path) -> tuple[HeadSpec, Head]:
     """Build the head a folder describes and load its weights, all of them, in evaluation mode.
 
     Raises:
@@ -56,7 +56,13 @@ def load_head(folder: Path) -> tuple[HeadSpec, nn.Module]:
         raise UsageError(f"{folder}/config.json does not describe a head ({error!r}).") from error
     head = spec.build()
     try:
-        head.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        weights = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{folder}/model.safetensors cannot be read ({error}); train the head again.") from error
+    try:
+        head.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise UsageError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+        raise UsageError(
+            f"{folder}/model.safetensors does not fit its config.json: {' '.join(str(error).split())}"
+        ) from error
     return spec, head.eval()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from heads.inputs import FeatureShapes, HeadInputs, HeadOutputs
+from heads.inputs import FeatureShapes, Head, HeadInputs, HeadOutputs
 
 
 class Attention(nn.Module):
@@ -82,7 +82,7 @@ class SelfAttentionBlock(nn.Module):
         return tokens + self.mlp(tokens)
 
 
-class CrossAttentionHead(nn.Module):
+class CrossAttentionHead(Head):
     """Fusion of image and prompt tokens by cross-attention.
 
     Args:
@@ -92,9 +92,10 @@ class CrossAttentionHead(nn.Module):
         dim: width of the residual stream; by default `image_width`, and then without an input projection.
         inner_dim: width of the cross-attention; `num_heads` heads share it.
         hidden_dim: width of the MLP that gives the logits.
+        image_depth: number of self-attention blocks between the image tokens before they meet the prompt. They run
+            once for each image, however many prompts it has, and see 2D sine positions.
         depth: number of fusion blocks.
-        self_attention: put a self-attention block with 2D sine positions before every fusion block. The first of
-            them does not depend on the prompt and runs once for each image.
+        self_attention: put a self-attention block between the image tokens after every fusion block.
         upsample: side of the square of logits that each token gives.
     """
 
@@ -108,6 +109,7 @@ class CrossAttentionHead(nn.Module):
         inner_dim: int = 768,
         num_heads: int = 4,
         hidden_dim: int = 512,
+        image_depth: int = 0,
         depth: int = 1,
         self_attention: bool = False,
         upsample: int = 1,
@@ -116,13 +118,18 @@ class CrossAttentionHead(nn.Module):
         width = image_width if dim is None else dim
         self.layers = tuple(layers)
         self.upsample = upsample
+        self.sees_positions = self_attention or image_depth > 0
         self.image_projection = nn.Identity() if dim is None else nn.Linear(image_width, dim)
         self.prompt_projection = nn.Linear(token_width, width, bias=False)
         self.fusion = nn.ModuleList(
             FusionBlock(dim=width, inner_dim=inner_dim, num_heads=num_heads) for _ in range(depth)
         )
-        self.mixing = nn.ModuleList(
-            SelfAttentionBlock(dim=width, num_heads=num_heads) for _ in range(depth if self_attention else 0)
+        self.image_mixing = nn.ModuleList(
+            SelfAttentionBlock(dim=width, num_heads=num_heads) for _ in range(image_depth)
+        )
+        self.prompt_mixing = nn.ModuleList(
+            SelfAttentionBlock(dim=width, num_heads=num_heads) if self_attention else nn.Identity()
+            for _ in range(depth)
         )
         self.to_logits = nn.Sequential(
             nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, upsample * upsample)
@@ -134,13 +141,13 @@ class CrossAttentionHead(nn.Module):
         height, width = grids.shape[1:3]
         tokens = self.image_projection(grids.flatten(1, 2))
         prompt = self.prompt_projection(inputs.prompt_tokens)
-        if self.mixing:
-            tokens = self.mixing[0](tokens + sine_positions(height, width, tokens.shape[-1]).to(tokens))
+        if self.sees_positions:
+            tokens = tokens + sine_positions(height, width, tokens.shape[-1]).to(tokens)
+        for mix in self.image_mixing:
+            tokens = mix(tokens)
         tokens = tokens[inputs.image_index]
-        for index, fusion in enumerate(self.fusion):
-            if index and self.mixing:
-                tokens = self.mixing[index](tokens)
-            tokens = fusion(tokens, prompt, inputs.prompt_mask)
+        for fuse, mix in zip(self.fusion, self.prompt_mixing, strict=True):
+            tokens = mix(fuse(tokens, prompt, inputs.prompt_mask))
         logits = self.to_logits(tokens).transpose(1, 2).unflatten(2, (height, width))
         return HeadOutputs(F.pixel_shuffle(logits, self.upsample).squeeze(1))
 
@@ -167,6 +174,7 @@ def build_cross_attention(
     inner_dim: int = 768,
     num_heads: int = 4,
     hidden_dim: int = 512,
+    image_depth: int = 0,
     depth: int = 1,
     self_attention: bool = False,
     upsample: int = 1,
@@ -184,6 +192,7 @@ def build_cross_attention(
         inner_dim=inner_dim,
         num_heads=num_heads,
         hidden_dim=hidden_dim,
+        image_depth=image_depth,
         depth=depth,
         self_attention=self_attention,
         upsample=upsample,

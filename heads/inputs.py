@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,12 @@ class HeadOutputs:
     """Mask logits of b prompts at the head's own resolution; a pixel belongs to the mask where they are above 0."""
 
     mask_logits: Float[Tensor, "b h w"]
+
+
+class Head(nn.Module, ABC):
+    """What every head is: a module that names the cached `layers` it reads and maps inputs to outputs."""
+
+    layers: tuple[str, ...]
+
+    @abstractmethod
+    def forward(self, inputs: HeadInputs) -> HeadOutputs: ...

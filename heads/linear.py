@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from heads.inputs import FeatureShapes, HeadInputs, HeadOutputs
+from heads.inputs import FeatureShapes, Head, HeadInputs, HeadOutputs
 
 
-class LinearHead(nn.Module):
+class LinearHead(Head):
     """logits[b, y, x] = (W pooled[b] + c) . token[b, y, x] / sqrt(d) + bias.
 
     Args:

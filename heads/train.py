@@ -84,19 +84,31 @@ class Training:
     seconds: float
     reused: bool
 
+    def summary(self) -> str:
+        """One sentence for people."""
+        how = "found trained" if self.reused else "trained"
+        early = ", stopped early" if self.stopped_early else ""
+        return (
+            f"{how} {self.run_dir.name}: {self.num_parameters:,} parameters, {self.num_steps} steps in "
+            f"{self.seconds:.0f} s{early}, best validation mean_iou {self.best_val_mean_iou:.3f} -> {self.run_dir}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "run_dir": str(self.run_dir)}
+
 
 def train(
     config: TrainConfig,
     cache: FeatureCache,
     run_dir: Path,
     *,
-    encoders: Mapping[str, Any] | None = None,
+    recorded: Mapping[str, Any] | None = None,
     residency: Residency = "auto",
 ) -> Training:
     """Train one head on one cache, or go on where an earlier call was killed; a finished run is left as it is.
 
     Args:
-        encoders: how to load the encoders whose features these are; recorded for whoever predicts on new images.
+        recorded: what else config.json should say, for whoever evaluates the run or predicts on new images.
 
     Raises:
         UsageError: the head, its arguments or the loss are unknown, or `run_dir` holds another run.
@@ -110,24 +122,21 @@ def train(
     spec = HeadSpec(config.head, config.arguments, feature_shapes(cache))
     torch.manual_seed(config.seed)
     head = spec.build()
-    _claim(run_dir, run_identity(config, cache), {"shapes": spec.shapes.to_dict(), "encoders": dict(encoders or {})})
+    more = {"encoder_fingerprints": cache.encoder_fingerprints, **(recorded or {})}
+    _claim(run_dir, run_identity(config, cache), more)
     if (run_dir / "training.json").is_file():
         return Training(run_dir, reused=True, **json.loads((run_dir / "training.json").read_bytes()))
 
-    layers = getattr(head, "layers", None)
-    train_split = CachedSplit(cache, config.train_split, config.target_size, layers, residency)
-    val_split = CachedSplit(cache, config.val_split, config.target_size, layers, residency)
+    train_split = CachedSplit(cache, config.train_split, config.target_size, head.layers, residency)
+    val_split = CachedSplit(cache, config.val_split, config.target_size, head.layers, residency)
     steps_per_epoch = len(_epoch(config, train_split, 0, accelerator))
     num_steps = config.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_share(step, num_steps, config.warmup)
-    )
     model, optimizer = accelerator.prepare(head, optimizer)
 
     progress = _Progress()
     if (run_dir / "state.pt").is_file():
-        progress = _restore(run_dir / "state.pt", head, optimizer, schedule)
+        progress = _restore(run_dir / "state.pt", head, optimizer)
     accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": progress.step}})
     bar = tqdm(total=num_steps, initial=progress.step, desc=f"training {config.head}", unit="step")
     started = time.perf_counter() - progress.elapsed_s
@@ -136,6 +145,8 @@ def train(
         epoch, first = divmod(progress.step, steps_per_epoch)
         order = _epoch(config, train_split, epoch, accelerator)[first:]
         for batch in prefetch(train_split.load(samples) for samples in order):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * learning_rate_share(progress.step, num_steps, config.warmup)
             with accelerator.autocast():
                 outputs = model(batch.inputs.to(accelerator.device))
                 loss = mask_loss(outputs.mask_logits, batch.targets.to(accelerator.device), config.loss)
@@ -143,21 +154,20 @@ def train(
             accelerator.clip_grad_norm_(head.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             progress.step += 1
             progress.loss_sum += loss.item()
             progress.loss_count += 1
             bar.update()
             if progress.step % config.checkpoint_steps == 0 and progress.step % steps_per_epoch:
                 progress.elapsed_s = time.perf_counter() - started
-                _save_state(run_dir / "state.pt", progress, head, optimizer, schedule)
+                _save_state(run_dir / "state.pt", progress, head, optimizer)
 
         entry = {
             "step": progress.step,
             "epoch": epoch + 1,
             "train_loss": progress.loss_sum / progress.loss_count,
             **validate(model, val_split, config, accelerator),
-            "learning_rate": schedule.get_last_lr()[0],
+            "learning_rate": optimizer.param_groups[0]["lr"],
             "elapsed_s": round(time.perf_counter() - started, 3),
         }
         accelerator.log({key: value for key, value in entry.items() if isinstance(value, float)}, step=progress.step)
@@ -170,7 +180,7 @@ def train(
             save_head(run_dir / "last", spec, head)
             lines = "".join(json.dumps(line) + "\n" for line in progress.history)
             atomic.write_file(run_dir / "metrics.jsonl", lines.encode())
-            _save_state(run_dir / "state.pt", progress, head, optimizer, schedule)
+            _save_state(run_dir / "state.pt", progress, head, optimizer)
 
     bar.close()
     accelerator.end_training()
@@ -285,23 +295,21 @@ def _claim(run_dir: Path, identity: Mapping[str, Any], more: Mapping[str, Any]) 
     atomic.write_json(path, {**identity, **more})
 
 
-def _save_state(path: Path, progress: _Progress, head: nn.Module, optimizer: Any, schedule: Any) -> None:
+def _save_state(path: Path, progress: _Progress, head: nn.Module, optimizer: Any) -> None:
     buffer = io.BytesIO()
     state = {
         "progress": dataclasses.asdict(progress),
         "head": head.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "schedule": {"last_epoch": schedule.last_epoch, "_step_count": schedule._step_count},
         "rng": torch.get_rng_state(),
     }
     torch.save(state, buffer)
     atomic.write_file(path, buffer.getbuffer())
 
 
-def _restore(path: Path, head: nn.Module, optimizer: Any, schedule: Any) -> _Progress:
+def _restore(path: Path, head: nn.Module, optimizer: Any) -> _Progress:
     state = torch.load(path, map_location="cpu", weights_only=True)
     head.load_state_dict(state["head"])
     optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])
     return _Progress(**state["progress"])

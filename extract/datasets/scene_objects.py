@@ -26,16 +26,16 @@ COLOURS = {
     "white": (240, 240, 238),
 }
 """RGB, 0 to 255. An object's own colour is a little off."""
-HALF_EXTENTS = {"small": (0.09, 0.12), "large": (0.17, 0.23)}
+HALF_EXTENTS = {"small": (0.13, 0.16), "large": (0.22, 0.28)}
 """The range of an object's half-extent, as a share of the image's short side."""
 
 MIN_VISIBLE = 0.6
 """The least share of an object's pixels that others leave visible."""
 
 _SIDES_PX = (160, 240)
-_NUM_OBJECTS = (3, 7)
+_NUM_OBJECTS = (3, 5)
 _REACH = 1.26  # the farthest any shape's outline lies from its centre, in half-extents
-_PLAIN_SHARE = 0.5
+_PLAIN_SHARE = 0.6
 _ROTATED_SHARE = 0.4
 _MAX_ROTATION = np.deg2rad(25)
 _OVERLAPPING_SHARE = 0.15  # of the objects: these may cover others at once, the rest only where there is no free room
@@ -92,7 +92,7 @@ class Scene:
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene of 3 to 7 objects, each wholly inside the image and at least MIN_VISIBLE of it visible."""
+    """Draw a scene of 3 to 5 objects, each wholly inside the image and at least MIN_VISIBLE of it visible."""
     low, high = _SIDES_PX
     H, W = (int(side) for side in rng.choice(np.arange(low, high + 1), size=2, replace=False))
     objects: list[SceneObject] = []
@@ -106,7 +106,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
 
 def _place_objects(rng: np.random.Generator, size: tuple[int, int]) -> list[SceneObject]:
     """Objects out of few colours and few shapes, so that they share attributes and a prompt has to tell them apart."""
-    colours = rng.permutation(list(COLOURS))[: rng.integers(2, 5)]
+    colours = rng.permutation(list(COLOURS))[: rng.integers(2, 6)]
     shapes = rng.permutation(SHAPES)[: rng.integers(2, 5)]
     objects: list[SceneObject] = []
     for _ in range(rng.integers(_NUM_OBJECTS[0], _NUM_OBJECTS[1] + 1)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -29,6 +29,7 @@ class TextEncoding:
     pooled: Float[Tensor, "b p"]
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """A frozen image model with its preprocessing.
 
@@ -53,6 +54,7 @@ class ImageEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """A frozen text model with its tokenizer. `identity` and `name` are as for images."""
 

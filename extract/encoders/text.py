@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache_schema.errors import UsageError
+from cache_schema.fingerprint import fingerprint
 from extract.encoders.loading import digest_weights, from_hub, load_checkpoint, read_config
 from extract.encoders.protocols import TextEncoding
 
@@ -43,14 +44,16 @@ class ClipTextEncoder:
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
-        vocabulary = self._tokenizer.backend_tokenizer.to_str()
+        tokenizer = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        for of_last_call in ("truncation", "padding"):
+            tokenizer.pop(of_last_call, None)
         return {
             "class": type(self._model).__name__,
             "config": self._config,
             "weights": digest_weights(self._model),
             "adapter": None,
             "tokenizer": {
-                "sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+                "sha256": fingerprint(tokenizer),
                 "max_length": self.max_length,
             },
             "compute_dtype": "float32",

@@ -65,6 +65,7 @@ def _save_image_encoder(folder: Path, seed: int) -> None:
         image_size=IMAGE_SIDE_PX,
         patch_size=PATCH_PX,
         num_register_tokens=4,
+        untrained=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -91,6 +92,7 @@ def _save_text_encoder(folder: Path, seed: int) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        untrained=True,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

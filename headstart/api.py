@@ -1,0 +1,129 @@
+"""The public Python API: open a cache, train a head on it, evaluate it, load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache_schema.errors import UsageError
+from cache_schema.features import FeatureCache
+from evaluate.evaluation import evaluate_runs
+from evaluate.predictor import Predictor
+from extract.job import pick_device
+from heads.checkpoint import load_head
+from heads.data import Residency
+from heads.train import TrainConfig, Training, run_name
+from heads.train import train as train_head
+from headstart.encoders import UNTRAINED_NOTE, load_recorded_encoders, record_encoders
+from headstart.recipes import make_config
+from headstart.stores import StorePaths, find_stores, read_run_config, record_stores, stores_of_run
+
+RunLike = Training | Path | str
+
+
+def open_cache(
+    stores: Path | str,
+    *,
+    samples: Path | str | None = None,
+    images: Path | str | None = None,
+    prompts: Path | str | None = None,
+    image_dir: Path | str | None = None,
+) -> FeatureCache:
+    """Open the samples store, image features and prompt features under a folder, joined.
+
+    Args:
+        stores: a folder with one store of each kind; where it has more, name the one you mean.
+        image_dir: where the image files lie, if they were moved since the samples store was written.
+
+    Raises:
+        UsageError: a store is missing, incomplete, ambiguous, or does not match the others.
+    """
+    named = {"samples": samples, "images": images, "prompts": prompts, "image_dir": image_dir}
+    paths = {name: Path(path) for name, path in named.items() if path is not None}
+    return find_stores(Path(stores), **paths).open()
+
+
+def train(
+    recipe: str | TrainConfig,
+    cache: FeatureCache,
+    runs: Path | str = "runs",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    residency: Residency = "auto",
+) -> Training:
+    """Train a head by a recipe's name, or by a config of your own, in a folder under `runs` named after its settings.
+
+    Args:
+        settings: values to replace in a named recipe, such as `{"epochs": 5, "depth": 3}`.
+
+    Raises:
+        UsageError: the recipe or a setting is unknown.
+    """
+    if isinstance(recipe, str):
+        config = make_config(recipe, settings)
+    elif settings:
+        raise UsageError("settings replace values of a named recipe; a TrainConfig already has its own.")
+    else:
+        config = recipe
+    run_dir = Path(runs) / run_name(config, cache)
+    paths = StorePaths(cache.samples.path, cache.images.store.path, cache.prompts.store.path)
+    recorded = {"encoders": record_encoders(cache, run_dir), "store_paths": record_stores(paths, run_dir)}
+    return train_head(config, cache, run_dir, recorded=recorded, residency=residency)
+
+
+def evaluate(
+    runs: RunLike | Sequence[RunLike],
+    cache: FeatureCache | None = None,
+    *,
+    split: str = "val",
+    out: Path | str | None = None,
+    seconds: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Score runs at the images' original sizes and leave `results.json` and `report.html`.
+
+    Args:
+        cache: by default the one the first run was trained on.
+        out: where the report goes; by default the first run's folder.
+
+    Returns:
+        The object in results.json.
+
+    Raises:
+        UsageError: a folder is no finished run, or the stores do not match.
+    """
+    listed = [runs] if isinstance(runs, Training | Path | str) else list(runs)
+    run_dirs = [_run_dir(run) for run in listed]
+    for run_dir in run_dirs:
+        read_run_config(run_dir)
+    if cache is None:
+        cache = stores_of_run(run_dirs[0]).open()
+    notes = [UNTRAINED_NOTE] if _is_untrained(cache) else []
+    return evaluate_runs(run_dirs, cache, Path(out) if out else run_dirs[0], split=split, notes=notes, seconds=seconds)
+
+
+def load(run: RunLike, *, checkpoint: str = "best", device: str = "auto") -> Predictor:
+    """A predictor from a trained run: the head, and the encoders it was trained on.
+
+    Raises:
+        UsageError: the folder is no run, or its encoders cannot be loaded.
+        StoreMismatchError: the encoders are not those the run was trained on.
+    """
+    run_dir = _run_dir(run)
+    config = read_run_config(run_dir)
+    _, head = load_head(run_dir / checkpoint)
+    image_encoder, text_encoder = load_recorded_encoders(run_dir, config, device)
+    dtype = getattr(torch, config["encoders"]["image"]["dtype"])
+    return Predictor(head.to(pick_device(device)), image_encoder, text_encoder, dtype=dtype)
+
+
+def _run_dir(run: RunLike) -> Path:
+    return run.run_dir if isinstance(run, Training) else Path(run)
+
+
+def _is_untrained(cache: FeatureCache) -> bool:
+    """The tiny encoders say so in their own config.json."""
+    stores = (cache.images.store, cache.prompts.store)
+    return any(store.header.identity["encoder"]["config"].get("untrained", False) for store in stores)

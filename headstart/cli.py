@@ -1,0 +1,101 @@
+"""The command line. It only parses, runs a command and prints; with `--json`, stdout is one JSON object.
+
+Exit codes: 0 done, 1 done and found wanting, 2 the user's mistake, 3 a fault of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from cache_schema.errors import UsageError
+from headstart.commands import CacheInfo, Command, Demo, Evaluate, Extract, Predict, Prepare, Train
+
+DONE, WANTING, MISTAKE, FAULT, INTERRUPTED = 0, 1, 2, 3, 130
+
+DESCRIPTION = """\
+Encode every image and prompt once; train text-prompted segmentation heads on the cached features in minutes.
+
+The road: prepare (a dataset -> samples), extract (samples -> features), train (features -> a head), evaluate (a head
+-> numbers and a report), predict (a head and a picture -> masks). `headstart demo` walks all of it.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `headstart` command."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse and run one command; return its exit code."""
+    try:
+        command: Command = _make_app().cli(
+            prog="headstart",
+            description=DESCRIPTION,
+            args=list(argv),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
+    except SystemExit as parsed:  # tyro has printed its help, or what is wrong with the arguments
+        return parsed.code if isinstance(parsed.code, int) else MISTAKE
+    return _run(command)
+
+
+def _make_app() -> tyro.extras.SubcommandApp:
+    cache = tyro.extras.SubcommandApp()
+    cache.command(name="info")(CacheInfo)
+    app = tyro.extras.SubcommandApp()
+    for command in (Demo, Prepare, Extract, Train, Evaluate, Predict):
+        app.command(name=command.__name__.lower())(command)
+    app.command(cache, name="cache", help="Look into stores.")
+    return app
+
+
+def _run(command: Command) -> int:
+    _quiet_libraries()
+    try:
+        _require_own_evaluate()
+        with contextlib.redirect_stdout(sys.stderr if command.json else sys.stdout):
+            result = command.run()
+    except UsageError as mistake:
+        print(f"headstart: {mistake}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("\nheadstart: interrupted; run the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception:  # noqa: BLE001  the outermost frame: whatever was not foreseen is ours to mend
+        traceback.print_exc()
+        print("headstart: this is a fault of ours, not yours; please report it with the lines above.", file=sys.stderr)
+        return FAULT
+    if command.json:
+        print(json.dumps(result, indent=1, sort_keys=True))
+    return DONE
+
+
+def _require_own_evaluate() -> None:
+    """Hugging Face has a package named `evaluate` too; whichever is found first hides the other."""
+    found = importlib.util.find_spec("evaluate")
+    home = Path(__file__).parent.parent
+    if found is None or found.origin is None or Path(found.origin).parent.parent != home:
+        where = found.origin if found is not None else "nowhere"
+        raise UsageError(
+            f"another package named 'evaluate' stands before ours ({where}); give headstart a virtual environment of "
+            "its own, as `make demo` does."
+        )
+
+
+def _quiet_libraries() -> None:
+    """Leave the screen to our own progress bars."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,246 @@
+"""The commands, as plain values: their fields are the options, their docstrings the help, `run` does the work.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from tyro.conf import Positional, arg
+
+from cache_schema.errors import UsageError
+
+Json = Annotated[bool, arg(help="Print one JSON object on stdout and everything else on stderr.")]
+
+
+class Command(Protocol):
+    """One parsed command line."""
+
+    @property
+    def json(self) -> bool: ...
+
+    def run(self) -> Any:
+        """Do the work, print for people, return what `--json` prints."""
+        ...
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Walk the whole road on an embedded dataset: make scenes, cache features, train two heads, evaluate, report.
+
+    Takes about four minutes on two cores. Killed or repeated, it goes on where it was and extracts nothing twice.
+    """
+
+    out: Path = Path("demo")
+    """Folder for everything it makes: scenes/, encoders/, stores/, runs/, results.json, report.html."""
+    num_images: int = 2000
+    """How many scenes to make. Fewer are faster and worse."""
+    json: Json = False
+
+    def run(self) -> Any:
+        from headstart.demo import run_demo
+
+        return run_demo(self.out, self.num_images)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Read a dataset and write its samples store: images, prompts, targets, splits and tags.
+
+    Example: headstart prepare grefcoco /data/grefcoco --out stores
+    """
+
+    dataset: Positional[str]
+    """Which reader: scenes or grefcoco."""
+    root: Positional[Path]
+    """Folder of the dataset. For grefcoco: grefs(unc).json, instances.json and images/ or train2014/."""
+    out: Path = Path("stores")
+    """Folder the samples store is written to."""
+    make: int = 0
+    """For scenes: first make a dataset of this many images in the folder."""
+    json: Json = False
+
+    def run(self) -> Any:
+        from extract.datasets.scenes import ScenesConfig, make_scenes
+        from extract.prepare import PrepareConfig, prepare
+
+        if self.make:
+            if self.dataset != "scenes":
+                raise UsageError(f"only scenes can be made, not {self.dataset}; leave --make out.")
+            make_scenes(ScenesConfig(self.root, num_images=self.make))
+        prepared = prepare(PrepareConfig(self.dataset, self.root, self.out))
+        print(prepared.summary())
+        return prepared.to_dict()
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Encode the images and prompts of a samples store, once, into feature stores beside it.
+
+    A killed job goes on where it was; a finished one is not done again. Images that cannot be read are listed in
+    the store's ledger.jsonl.
+
+    Example: headstart extract stores/samples-0123456789ab.zarr --image-encoder facebook/dinov2-base --text-encoder
+    openai/clip-vit-base-patch16 --input-size 518 518
+    """
+
+    samples: Positional[Path]
+    """The samples store, or a folder that holds just one."""
+    out: Path | None = None
+    """Folder the feature stores are written to; by default the one the samples store is in."""
+    image_encoder: str = "tiny"
+    """Name, hub id or folder of the image encoder. "tiny" is the embedded one, untrained."""
+    text_encoder: str = "tiny"
+    """Name, hub id or folder of the text encoder."""
+    layers: tuple[str, ...] = ("last",)
+    """Layers to keep: "last" is the output after the final norm, a number that block's output before any norm."""
+    input_size: tuple[int, int] | None = None
+    """(height, width) the images are resized to; multiples of the encoder's patch. By default the encoder's own."""
+    image_dir: Path | None = None
+    """Where the images lie, if they were moved since the samples store was written."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Data type in which features are kept."""
+    batch_size: int = 32
+    """Images in one forward pass."""
+    shard_rows: int = 64
+    """Images in one shard: what a killed job loses at most."""
+    device: str = "auto"
+    """Where the encoders run: auto, cpu, cuda, cuda:1, ..."""
+    json: Json = False
+
+    def run(self) -> Any:
+        from extract.image_job import ImageJobConfig, extract_images
+        from extract.prompt_job import PromptJobConfig, extract_prompts
+        from headstart import encoders
+        from headstart.stores import find_samples
+
+        samples = find_samples(self.samples)
+        out = self.out or samples.parent
+        tiny = out / "encoders"
+        image_encoder = encoders.image_encoder(
+            self.image_encoder, tiny, layers=self.layers, input_size=self.input_size, device=self.device
+        )
+        text_encoder = encoders.text_encoder(self.text_encoder, tiny, device=self.device)
+        image_job = ImageJobConfig(samples, out, self.image_dir, self.dtype, self.batch_size, self.shard_rows)
+        images = extract_images(image_job, image_encoder)
+        print(images.summary("images"))
+        prompts = extract_prompts(PromptJobConfig(samples, out, self.dtype), text_encoder)
+        print(prompts.summary("prompts"))
+        return {"images": images.to_dict(), "prompts": prompts.to_dict()}
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a head on cached features, in a run folder named after everything that decides what it learns.
+
+    A killed run goes on where it was; a finished one is not trained again.
+
+    Example: headstart train cross_attention --stores stores --set epochs=5 depth=3
+    """
+
+    recipe: Positional[str]
+    """Which recipe: linear, cross_attention, or juras (JurasSigLIP's fusion, losses and optimiser)."""
+    stores: Path = Path("stores")
+    """Folder with one store of each kind."""
+    samples: Path | None = None
+    """The samples store, where the folder holds several."""
+    images: Path | None = None
+    """The image-feature store, where the folder holds several."""
+    prompts: Path | None = None
+    """The prompt-feature store, where the folder holds several."""
+    runs: Path = Path("runs")
+    """Folder the run's own folder is made in."""
+    set: tuple[str, ...] = field(default=())
+    """Settings to replace, as key=value: fields of the recipe (epochs, learning_rate, ...) or arguments of its head."""
+    residency: Literal["auto", "ram", "disk"] = "auto"
+    """Where features are kept while training; auto takes RAM if they fit into half of what is free."""
+    json: Json = False
+
+    def run(self) -> Any:
+        from headstart import api
+        from headstart.recipes import parse_overrides
+
+        cache = api.open_cache(self.stores, samples=self.samples, images=self.images, prompts=self.prompts)
+        run = api.train(self.recipe, cache, self.runs, settings=parse_overrides(self.set), residency=self.residency)
+        print(run.summary())
+        return run.to_dict()
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score trained heads at the images' original sizes, and leave results.json and report.html.
+
+    Example: headstart evaluate runs/* --split test --out report
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders, as `headstart train` printed them."""
+    split: str = "val"
+    """Which split to score."""
+    out: Path | None = None
+    """Folder for results.json and report.html; by default the first run's."""
+    stores: Path | None = None
+    """Folder with one store of each kind, if not the stores the first run was trained on."""
+    json: Json = False
+
+    def run(self) -> Any:
+        from headstart import api, tables
+
+        if not self.runs:
+            raise UsageError("there is no run to evaluate; name the run folders that `headstart train` printed.")
+        cache = api.open_cache(self.stores) if self.stores else None
+        results = api.evaluate(list(self.runs), cache, split=self.split, out=self.out)
+        print(tables.results_table(results))
+        print(f"report: {(self.out or self.runs[0]) / 'report.html'}")
+        return results
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Segment what prompts name in one picture: a mask and an overlay, as PNG files at the picture's own size.
+
+    Example: headstart predict runs/cross_attention-0123456789ab photo.jpg "the red circle" "all squares"
+    """
+
+    run_dir: Positional[Path]
+    """Run folder of the head."""
+    image: Positional[Path]
+    """Picture to look at."""
+    prompts: Positional[tuple[str, ...]]
+    """What to segment; each prompt gives a mask of its own."""
+    out: Path = Path("predictions")
+    """Folder the PNG files are written to."""
+    device: str = "auto"
+    """Where encoders and head run."""
+    json: Json = False
+
+    def run(self) -> Any:
+        from headstart.predictions import predict_image
+
+        predictions = predict_image(self.run_dir, self.image, self.prompts, self.out, self.device)
+        for prediction in predictions:
+            print(f"{prediction['prompt']}: {prediction['mask_share']:.1%} of the picture -> {prediction['overlay']}")
+        return {"image": str(self.image), "predictions": predictions}
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What stores hold, where they come from, how large they are, and whether they are complete.
+
+    Example: headstart cache info demo/stores
+    """
+
+    path: Positional[Path] = Path("stores")
+    """A store, or a folder of stores."""
+    json: Json = False
+
+    def run(self) -> Any:
+        from headstart.cache_info import describe_stores, print_description
+
+        described = describe_stores(self.path)
+        for description in described:
+            print_description(description)
+        return {"stores": described}

@@ -1,0 +1,117 @@
+"""Where the stores of a job lie: found under a folder, named one by one, or remembered by a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from cache_schema.errors import UsageError
+from cache_schema.features import FeatureCache, open_cache
+from cache_schema.store import StoreKind
+
+
+@dataclass(frozen=True)
+class StorePaths:
+    """One store of each kind, and where the image files lie if they were moved."""
+
+    samples: Path
+    images: Path
+    prompts: Path
+    image_dir: Path | None = None
+
+    def open(self) -> FeatureCache:
+        """Join the three stores.
+
+        Raises:
+            UsageError: a store is missing, incomplete or does not match the others.
+        """
+        return open_cache(self.samples, self.images, self.prompts, self.image_dir)
+
+
+def find_stores(
+    folder: Path,
+    *,
+    samples: Path | None = None,
+    images: Path | None = None,
+    prompts: Path | None = None,
+    image_dir: Path | None = None,
+) -> StorePaths:
+    """The stores that are named, and for those that are not, the only one of its kind under `folder`.
+
+    Raises:
+        UsageError: a store is not named, and the folder holds none or several of its kind.
+    """
+    named = {"samples": samples, "image_features": images, "prompt_features": prompts}
+    options = {"samples": "--samples", "image_features": "--images", "prompt_features": "--prompts"}
+    found = {kind: named[kind] or _only_store(folder, kind, options[kind]) for kind in get_args(StoreKind)}
+    return StorePaths(found["samples"], found["image_features"], found["prompt_features"], image_dir)
+
+
+def find_samples(path: Path) -> Path:
+    """The samples store at `path`, or the only one in that folder.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    return path if (path / "zarr.json").is_file() else _only_store(path, "samples", "its own path")
+
+
+def list_stores(folder: Path) -> list[Path]:
+    """Every store under a folder, complete or not.
+
+    Raises:
+        UsageError: the folder is missing.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no folder at {folder}; name the one that `headstart extract` wrote its stores to.")
+    return sorted(path for kind in get_args(StoreKind) for path in folder.glob(f"{kind}-*.zarr"))
+
+
+def record_stores(paths: StorePaths, run_dir: Path) -> dict[str, str]:
+    """Store paths relative to a run folder, so that both may be moved together."""
+    named = {"samples": paths.samples, "images": paths.images, "prompts": paths.prompts}
+    return {name: os.path.relpath(path.resolve(), run_dir.resolve()) for name, path in named.items()}
+
+
+def stores_of_run(run_dir: Path) -> StorePaths:
+    """The stores a run was trained on.
+
+    Raises:
+        UsageError: the folder is no run folder.
+    """
+    recorded = read_run_config(run_dir)["store_paths"]
+    return StorePaths(**{name: Path(os.path.normpath(run_dir / path)) for name, path in recorded.items()})
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """A run's config.json.
+
+    Raises:
+        UsageError: the folder is no run folder.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{run_dir} is not a run folder: it has no config.json. Name what `headstart train` printed.")
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+        if not {"config", "stores", "encoders", "store_paths"} <= config.keys():
+            raise ValueError("it lacks what a run of `headstart train` records")
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error}); name another run or train it again.") from error
+    return config
+
+
+def _only_store(folder: Path, kind: str, option: str) -> Path:
+    found = [path for path in list_stores(folder) if path.name.startswith(kind)]
+    if not found:
+        job = "prepare" if kind == "samples" else "extract"
+        raise UsageError(
+            f"{folder} holds no store of {kind}; make one with `headstart {job}`, or name it with {option}."
+        )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UsageError(f"{folder} holds {len(found)} stores of {kind} ({names}); name one with {option}.")
+    return found[0]

@@ -1,0 +1,109 @@
+"""What tests of every folder share: a small dataset, tiny encoders, and the stores that come of the two.
+
+All of it is made once in a session and only ever read; a test that harms a store copies it first.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from cache_schema.features import FeatureCache
+    from extract.encoders.image import VisionTransformerEncoder
+    from extract.encoders.text import ClipTextEncoder
+    from extract.encoders.tiny import TinyEncoders
+    from extract.job import Extraction
+    from heads.train import Training
+
+NUM_IMAGES = 24
+PROMPTS_PER_IMAGE = 4
+LAYERS = ("1", "last")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder under which everything below lies."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def scenes_root(workspace: Path) -> Path:
+    """A dataset of 24 scenes with four prompts each; it has a train, a val and a test split."""
+    from extract.datasets.scenes import ScenesConfig, make_scenes
+
+    return make_scenes(ScenesConfig(workspace / "scenes", num_images=NUM_IMAGES, prompts_per_image=PROMPTS_PER_IMAGE))
+
+
+@pytest.fixture(scope="session")
+def samples_path(workspace: Path, scenes_root: Path) -> Path:
+    """The samples store of those scenes."""
+    from extract.prepare import PrepareConfig, prepare
+
+    return prepare(PrepareConfig("scenes", scenes_root, workspace / "stores")).path
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(workspace: Path) -> TinyEncoders:
+    """Folders of the two embedded checkpoints."""
+    from extract.encoders.tiny import make_tiny_encoders
+
+    return make_tiny_encoders(workspace / "encoders")
+
+
+@pytest.fixture(scope="session")
+def image_encoder(tiny_encoders: TinyEncoders) -> VisionTransformerEncoder:
+    """The tiny image encoder at a small, non-square input: grids of 4 x 6 cells for the layers "1" and "last"."""
+    from extract.encoders.image import load_image_encoder
+
+    return load_image_encoder(str(tiny_encoders.image), layers=LAYERS, input_size=(64, 96))
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tiny_encoders: TinyEncoders) -> ClipTextEncoder:
+    """The tiny text encoder."""
+    from extract.encoders.text import load_text_encoder
+
+    return load_text_encoder(str(tiny_encoders.text))
+
+
+@pytest.fixture(scope="session")
+def image_extraction(workspace: Path, samples_path: Path, image_encoder: VisionTransformerEncoder) -> Extraction:
+    """Image features of the scenes, in shards of eight."""
+    from extract.image_job import ImageJobConfig, extract_images
+
+    return extract_images(ImageJobConfig(samples_path, workspace / "stores", shard_rows=8), image_encoder)
+
+
+@pytest.fixture(scope="session")
+def prompt_extraction(workspace: Path, samples_path: Path, text_encoder: ClipTextEncoder) -> Extraction:
+    """Prompt features of the scenes."""
+    from extract.prompt_job import PromptJobConfig, extract_prompts
+
+    config = PromptJobConfig(samples_path, workspace / "stores", unit_prompts=32, shard_tokens=128)
+    return extract_prompts(config, text_encoder)
+
+
+@pytest.fixture(scope="session")
+def feature_cache(samples_path: Path, image_extraction: Extraction, prompt_extraction: Extraction) -> FeatureCache:
+    """The three stores joined."""
+    from cache_schema.features import open_cache
+
+    return open_cache(samples_path, image_extraction.path, prompt_extraction.path)
+
+
+@pytest.fixture(scope="session")
+def run(workspace: Path, feature_cache: FeatureCache) -> Training:
+    """A linear head that was trained on the three stores for a moment."""
+    from headstart import api
+
+    return api.train("linear", feature_cache, workspace / "runs", settings={"epochs": 2, "target_size": [16, 24]})

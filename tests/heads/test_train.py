@@ -1,0 +1,183 @@
+"""The training loop: what it leaves behind, that it learns, and that killing it changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import heads.train
+from cache_schema.errors import UsageError
+from cache_schema.features import FeatureCache
+from heads.checkpoint import load_head
+from heads.train import TrainConfig, Training, run_name, train
+
+SMALL = TrainConfig(
+    head="cross_attention",
+    arguments={"dim": 8, "inner_dim": 8, "num_heads": 2, "hidden_dim": 16, "depth": 1, "self_attention": True},
+    epochs=3,
+    batch_size=16,
+    learning_rate=3e-3,
+    target_size=(16, 24),
+    checkpoint_steps=2,
+)
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, num_losses: int) -> None:
+    """Let training die at its `num_losses`-th loss; whatever is on disk then is all that is left."""
+    real, calls = heads.train.mask_loss, [0]
+
+    def dying(*args: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == num_losses:
+            raise KilledError
+        return real(*args)
+
+    monkeypatch.setattr(heads.train, "mask_loss", dying)
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "elapsed_s"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(feature_cache: FeatureCache, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    return train(SMALL, feature_cache, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_a_run_folder_holds_what_scripts_rely_on(uninterrupted: Training, feature_cache: FeatureCache) -> None:
+    run_dir = uninterrupted.run_dir
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["stores"] == feature_cache.fingerprints
+    assert config["config"]["arguments"] == SMALL.arguments
+    assert len(read_history(run_dir)) == SMALL.epochs
+    for checkpoint in ("best", "last"):
+        assert {path.name for path in (run_dir / checkpoint).iterdir()} == {"config.json", "model.safetensors"}
+    assert list((run_dir / "tensorboard").rglob("events.out.*"))
+    assert not (run_dir / "state.pt").exists()
+    assert str(run_dir.parent) not in (run_dir / "config.json").read_text()
+
+
+def test_a_validation_line_says_at_which_resolution_it_was_measured(uninterrupted: Training) -> None:
+    line = read_history(uninterrupted.run_dir)[-1]
+    assert line["val_resolution"] == [16, 24]
+    assert {
+        "step",
+        "epoch",
+        "train_loss",
+        "val_loss",
+        "val_mean_iou",
+        "val_overall_iou",
+        "learning_rate",
+    } <= line.keys()
+
+
+def test_training_lowers_its_loss(uninterrupted: Training) -> None:
+    losses = [line["train_loss"] for line in read_history(uninterrupted.run_dir)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_best_checkpoint_is_the_one_of_the_best_validation(uninterrupted: Training) -> None:
+    history = read_history(uninterrupted.run_dir)
+    best = max(history, key=lambda line: line["val_mean_iou"])
+    assert (uninterrupted.best_step, uninterrupted.best_val_mean_iou) == (best["step"], best["val_mean_iou"])
+
+
+@pytest.mark.parametrize("num_losses", [1, 2, 4, 8, 9, 13])
+def test_a_killed_run_goes_on_and_ends_exactly_like_an_uninterrupted_one(
+    num_losses: int,
+    uninterrupted: Training,
+    feature_cache: FeatureCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_after(patch, num_losses)
+        with pytest.raises(KilledError):
+            train(SMALL, feature_cache, tmp_path / "run")
+    torch.manual_seed(12345)  # a fresh process would not have the old one's random state
+    resumed = train(SMALL, feature_cache, tmp_path / "run")
+    assert read_history(resumed.run_dir) == read_history(uninterrupted.run_dir)
+    for checkpoint in ("best", "last"):
+        weights = [
+            (run / checkpoint / "model.safetensors").read_bytes() for run in (resumed.run_dir, uninterrupted.run_dir)
+        ]
+        assert weights[0] == weights[1]
+
+
+def test_a_resumed_run_loses_at_most_one_checkpoint_interval(
+    feature_cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_after(patch, 4)
+        with pytest.raises(KilledError):
+            train(SMALL, feature_cache, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["progress"]["step"] == 2
+
+
+def test_a_finished_run_is_not_trained_again(
+    uninterrupted: Training, feature_cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_after(monkeypatch, 1)
+    again = train(SMALL, feature_cache, uninterrupted.run_dir)
+    assert again.reused
+    assert dataclasses.replace(again, reused=False) == uninterrupted
+
+
+def test_equal_seeds_give_equal_heads_and_others_do_not(
+    uninterrupted: Training, feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    same = train(SMALL, feature_cache, tmp_path / "same")
+    other = train(dataclasses.replace(SMALL, seed=1), feature_cache, tmp_path / "other")
+    reference = load_head(uninterrupted.run_dir / "last")[1].state_dict()
+    assert all(
+        torch.equal(value, reference[name]) for name, value in load_head(same.run_dir / "last")[1].state_dict().items()
+    )
+    assert any(
+        not torch.equal(value, reference[name])
+        for name, value in load_head(other.run_dir / "last")[1].state_dict().items()
+    )
+
+
+def test_training_stops_when_validation_no_longer_improves(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    still = dataclasses.replace(SMALL, learning_rate=1e-12, weight_decay=0.0, epochs=8, patience=2)
+    run = train(still, feature_cache, tmp_path / "run")
+    assert run.stopped_early
+    assert len(read_history(run.run_dir)) == 3
+
+
+def test_a_run_folder_of_other_settings_is_not_overwritten(
+    uninterrupted: Training, feature_cache: FeatureCache
+) -> None:
+    with pytest.raises(UsageError, match="holds a run with other settings"):
+        train(dataclasses.replace(SMALL, seed=7), feature_cache, uninterrupted.run_dir)
+
+
+def test_an_unknown_loss_is_named(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown loss hinge; the terms are bce, dice, focal"):
+        train(dataclasses.replace(SMALL, loss={"hinge": 1.0}), feature_cache, tmp_path / "run")
+
+
+def test_a_run_is_named_after_everything_that_decides_it(feature_cache: FeatureCache) -> None:
+    names = {
+        run_name(config, feature_cache)
+        for config in (SMALL, dataclasses.replace(SMALL, seed=1), dataclasses.replace(SMALL, loss={"bce": 1.0}))
+    }
+    assert len(names) == 3
+    assert all(name.startswith("cross_attention-") for name in names)
+
+
+def test_dice_and_focal_train_too(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    config = TrainConfig(head="linear", loss={"dice": 1.0, "focal": 1.0}, epochs=2, target_size=(8, 8))
+    history = read_history(train(config, feature_cache, tmp_path / "run").run_dir)
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
