@@ -33,6 +33,7 @@ from evaluate.metrics import (
 )
 from evaluate.predictor import open_image
 from evaluate.report import Example, Group, RunReport, write_report
+from extract.job import pick_device
 from heads.checkpoint import load_head
 from heads.data import CachedSplit, prefetch
 from heads.inputs import Head
@@ -79,14 +80,15 @@ def evaluate_runs(
         The object that is written to results.json.
 
     Raises:
-        UsageError: a run is unfinished or holds no head, the split is unknown, or two runs are of the same head.
+        UsageError: a folder holds no trained head, or the split is unknown.
         StoreMismatchError: a run was trained on features of other encoders.
     """
     evaluations = [evaluate_run(run_dir, cache, split, protocol) for run_dir in run_dirs]
     samples = cache.samples.samples
     rows = evaluations[0].samples
+    shown = tqdm(rows, desc=f"scoring baselines on {split}", unit="prompt", delay=1)
     baselines = score_baselines(
-        ((samples.targets[row], samples.size_of(row)) for row in rows), (samples.no_target[row] for row in rows)
+        ((samples.targets[row], samples.size_of(row)) for row in shown), (samples.no_target[row] for row in rows)
     )
     prompts = [samples.prompts[samples.prompt_rows[row]] for row in rows]
     tags = {name: [values[row] for row in rows] for name, values in samples.tags.items()}
@@ -128,6 +130,7 @@ def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Proto
     """Score the best checkpoint of one run on a split of a cache."""
     started = time.perf_counter()
     spec, head = load_head(run_dir / "best")
+    head = head.to(pick_device())
     _check_same_encoders(run_dir, cache)
     samples = cache.samples.samples
     data = CachedSplit(cache, split, (1, 1), head.layers)

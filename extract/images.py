@@ -19,6 +19,10 @@ from cache_schema.masks import Size
 MAX_IMAGE_PIXELS = 250_000_000
 """Larger images are refused before their pixels are decoded."""
 
+_PILLOW_ERRORS = (
+    *(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
+    *(TypeError, AttributeError, struct.error),  # EXIF tags of a type that Pillow does not expect
+)
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -57,7 +61,7 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
             return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
     except UnidentifiedImageError as error:
         raise UndecodableImageError("not an image file") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except _PILLOW_ERRORS as error:
         if isinstance(error, UndecodableImageError):
             raise
         raise UndecodableImageError(f"the image cannot be decoded ({error})") from error

@@ -126,9 +126,10 @@ def _encode_prompts(
     for start in range(0, len(by_length), config.batch_size):
         rows = by_length[start : start + config.batch_size]
         encoding = encoder.encode([token_ids[row] for row in rows])
-        pooled[rows] = encoding.pooled.float().cpu().numpy()
-        for row, values, mask in zip(rows, encoding.tokens.float().cpu(), encoding.mask.cpu(), strict=True):
-            tokens[offsets[row] : offsets[row + 1]] = values[mask].numpy()
+        with np.errstate(over="ignore"):
+            pooled[rows] = encoding.pooled.float().cpu().numpy()
+            for row, values, mask in zip(rows, encoding.tokens.float().cpu(), encoding.mask.cpu(), strict=True):
+                tokens[offsets[row] : offsets[row + 1]] = values[mask].numpy()
     for name, values in (("token", tokens), ("pooled", pooled)):
         if not np.isfinite(values).all():
             raise UsageError(

@@ -131,7 +131,9 @@ def train(
     val_split = CachedSplit(cache, config.val_split, config.target_size, head.layers, residency)
     steps_per_epoch = len(_epoch(config, train_split, 0, accelerator))
     num_steps = config.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     model, optimizer = accelerator.prepare(head, optimizer)
 
     progress = _Progress()

@@ -12,19 +12,27 @@ from heads import head_arguments
 from heads.train import TrainConfig
 
 RECIPES: dict[str, TrainConfig] = {
-    # The floor. A few seconds an epoch on two cores.
-    "linear": TrainConfig(head="linear", epochs=10, learning_rate=3e-3),
-    # What the demo trains on scenes.
+    # The floor: about 15 seconds on scenes with two cores.
+    "linear": TrainConfig(head="linear", epochs=6, batch_size=64, learning_rate=3e-3, target_size=(48, 48)),
+    # What the demo trains on scenes: about three minutes on two cores, validation mean_iou above 0.6.
     "cross_attention": TrainConfig(
         head="cross_attention",
         arguments={
             "dim": 64,
             "inner_dim": 64,
-            "hidden_dim": 256,
+            "num_heads": 4,
+            "hidden_dim": 128,
+            "image_depth": 2,
             "depth": 2,
             "self_attention": True,
             "upsample": 4,
         },
+        epochs=5,
+        batch_size=16,
+        prompts_per_image=2,
+        learning_rate=1e-3,
+        target_size=(48, 48),
+        checkpoint_steps=250,
     ),
     # JurasSigLIP's second stage: its fusion and head, its losses and optimiser, on frozen features.
     "juras": TrainConfig(

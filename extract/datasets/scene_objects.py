@@ -14,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-TEXTURES = ("plain", "striped", "dotted", "checkered")
+SHAPES = ("circle", "square", "triangle", "cross")
+TEXTURES = ("plain", "striped", "dotted")
 COLOURS = {
     "red": (212, 42, 42),
     "green": (46, 160, 62),
     "blue": (44, 92, 220),
     "yellow": (246, 214, 44),
     "purple": (146, 58, 190),
-    "orange": (245, 132, 24),
     "white": (240, 240, 238),
 }
 """RGB, 0 to 255. An object's own colour is a little off."""
@@ -34,7 +33,7 @@ MIN_VISIBLE = 0.6
 
 _SIDES_PX = (160, 240)
 _NUM_OBJECTS = (3, 5)
-_REACH = 1.26  # the farthest any shape's outline lies from its centre, in half-extents
+_REACH = 1.33  # the farthest any shape's outline lies from its centre, in half-extents
 _PLAIN_SHARE = 0.6
 _ROTATED_SHARE = 0.4
 _MAX_ROTATION = np.deg2rad(25)
@@ -105,8 +104,8 @@ def make_scene(rng: np.random.Generator) -> Scene:
 
 
 def _place_objects(rng: np.random.Generator, size: tuple[int, int]) -> list[SceneObject]:
-    """Objects out of few colours and few shapes, so that they share attributes and a prompt has to tell them apart."""
-    colours = rng.permutation(list(COLOURS))[: rng.integers(2, 6)]
+    """Objects out of a few colours and shapes, so that some share attributes and a prompt has to tell them apart."""
+    colours = rng.permutation(list(COLOURS))[: rng.integers(3, 7)]
     shapes = rng.permutation(SHAPES)[: rng.integers(2, 5)]
     objects: list[SceneObject] = []
     for _ in range(rng.integers(_NUM_OBJECTS[0], _NUM_OBJECTS[1] + 1)):
@@ -120,7 +119,7 @@ def _make_object(
     """An object that is not anywhere yet."""
     shape = str(rng.choice(shapes))
     extent = str(rng.choice(list(HALF_EXTENTS)))
-    turned = shape not in ("circle", "ring") and rng.random() < _ROTATED_SHARE
+    turned = shape != "circle" and rng.random() < _ROTATED_SHARE
     return SceneObject(
         shape=shape,
         texture="plain" if rng.random() < _PLAIN_SHARE else str(rng.choice(TEXTURES[1:])),
@@ -171,8 +170,6 @@ def _signed_distance(item: SceneObject, size: Sequence[int]) -> tuple[tuple[slic
     radius = item.half_extent
     if item.shape == "circle":
         return window, np.hypot(x, y) - radius
-    if item.shape == "ring":
-        return window, np.abs(np.hypot(x, y) - 0.76 * radius) - 0.26 * radius
     return window, _distance_to_polygon(_corners(item.shape) * radius, x, y)
 
 
@@ -193,12 +190,8 @@ def _corners(shape: str) -> Floats:
         points = [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
     elif shape == "triangle":
         points = [(0.0, -1.06), (1.06, 0.8), (-1.06, 0.8)]
-    elif shape == "star":
-        angles = np.deg2rad(np.arange(10) * 36 - 90)
-        radii = np.where(np.arange(10) % 2, 0.5, 1.18)
-        points = list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
     elif shape == "cross":
-        a, b = 0.36, 1.0
+        a, b = 0.42, 1.05
         quarter = [(a, -b), (a, -a), (b, -a)]
         points = [(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in quarter]
     else:
@@ -239,8 +232,6 @@ def _texture(item: SceneObject, x: Floats, y: Floats, rng: np.random.Generator) 
     if item.texture == "striped":
         angle = rng.uniform(0, np.pi)
         field = np.sin(wave * (x * np.cos(angle) + y * np.sin(angle))) / wave
-    elif item.texture == "checkered":
-        field = np.sin(wave / 2 * x) * np.sin(wave / 2 * y) * 2 / wave
     elif item.texture == "dotted":
         offset_x, offset_y = (np.mod(axis, period_px) - period_px / 2 for axis in (x, y))
         field = 0.32 * period_px - np.hypot(offset_x, offset_y)

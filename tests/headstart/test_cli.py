@@ -140,7 +140,8 @@ def test_the_road_can_be_walked_command_by_command(tmp_path: Path, capsys: pytes
         "picture-2-up-away.overlay.png",
     ]
     for prediction in predicted["predictions"]:  # type: ignore[attr-defined]
-        assert open_image(Path(prediction["mask"])).shape == open_image(Path(prediction["overlay"])).shape == (50, 81, 3)
+        for picture in ("mask", "overlay"):
+            assert open_image(Path(prediction[picture])).shape == (50, 81, 3)
     again = run_json("extract", stores, "--input-size", "64", "64")
     assert again["images"]["num_encoded"] == again["prompts"]["num_encoded"] == 0  # type: ignore[index]
 

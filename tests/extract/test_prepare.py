@@ -1,0 +1,270 @@
+"""The prepare stage turns any dataset that can be read into one samples store, and says what is wrong with the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cache_schema.errors import UsageError
+from cache_schema.fingerprint import digest_file
+from cache_schema.masks import decode_mask, empty_mask, encode_mask
+from cache_schema.samples import open_samples
+from cache_schema.store import open_store
+from extract.datasets import DATASETS
+from extract.datasets.records import Dataset, SampleRecord
+from extract.datasets.scenes import open_scenes
+from extract.prepare import PrepareConfig, prepare
+
+SIZE = (6, 8)
+TARGET = encode_mask(np.eye(*SIZE) > 0)
+
+
+def make_grefcoco(root: Path) -> Path:
+    """Two images, three sentences of two references."""
+    (root / "images").mkdir(parents=True)
+    for image_id in (1, 2):
+        Image.new("RGB", SIZE[::-1], (image_id, 0, 0)).save(root / "images" / f"{image_id}.png")
+    instances = {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": SIZE[0], "width": SIZE[1]} for i in (1, 2)],
+        "annotations": [
+            {
+                "id": 5,
+                "image_id": 2,
+                "category_id": 3,
+                "segmentation": {"size": list(SIZE), "counts": TARGET.decode()},
+                "area": 6,
+                "bbox": [0, 0, 6, 6],
+                "iscrowd": 0,
+            }
+        ],
+        "categories": [{"id": 3, "name": "line"}],
+    }
+    refs = [
+        {
+            "ref_id": ref_id,
+            "ann_id": ann_id,
+            "image_id": image_id,
+            "category_id": [3 if ann_id != [-1] else -1],
+            "split": split,
+            "file_name": f"{image_id}.png",
+            "sentences": [{"sent_id": 10 * ref_id + n, "sent": sent} for n, sent in enumerate(sents)],
+            "sent_ids": [10 * ref_id + n for n in range(len(sents))],
+            "no_target": ann_id == [-1],
+        }
+        for ref_id, ann_id, image_id, split, sents in (
+            (1, [5], 2, "val", ["the line", "a diagonal"]),
+            (2, [-1], 1, "train", ["the line"]),
+        )
+    ]
+    (root / "instances.json").write_text(json.dumps(instances))
+    (root / "grefs(unc).json").write_text(json.dumps(refs))
+    return root
+
+
+def record(number: int, **changes: object) -> SampleRecord:
+    made = SampleRecord(
+        id=str(number),
+        image_id="one",
+        image_path="1.png",
+        image_size=SIZE,
+        prompt=f"prompt {number}",
+        target=TARGET,
+        no_target=False,
+        split="train",
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[SampleRecord]], PrepareConfig]:
+    """Offers records as the dataset "mine", whose image folder holds 1.png and 2.png."""
+    root = make_grefcoco(tmp_path / "mine")
+
+    def offered(records: list[SampleRecord]) -> PrepareConfig:
+        def read(root: Path) -> Dataset:
+            samples: Iterator[SampleRecord] = iter(records)
+            return Dataset("mine", root / "images", (root / "instances.json",), samples)
+
+        monkeypatch.setitem(DATASETS, "mine", read)
+        return PrepareConfig("mine", root, tmp_path / "stores")
+
+    return offered
+
+
+def test_every_sample_of_the_scenes_is_in_the_store(scenes_root: Path, samples_path: Path) -> None:
+    store = open_samples(samples_path)
+    samples = store.samples
+    assert store.dataset == "scenes"
+    assert store.image_dir.resolve() == (scenes_root / "images").resolve()
+    records = list(open_scenes(scenes_root).samples)
+    assert len(records) == len(samples)
+    for row, expected in enumerate(records):
+        image, prompt = samples.image_rows[row], samples.prompt_rows[row]
+        assert samples.ids[row] == expected.id
+        assert samples.images.ids[image] == expected.image_id
+        assert samples.images.paths[image] == expected.image_path
+        assert samples.size_of(row) == expected.image_size
+        assert samples.prompts[prompt] == expected.prompt
+        assert samples.targets[row] == expected.target
+        assert samples.no_target[row] == expected.no_target
+        assert samples.splits[row] == expected.split
+        assert {name: values[row] for name, values in samples.tags.items() if values[row] is not None} == expected.tags
+
+
+def test_images_and_prompts_are_in_the_store_once(samples_path: Path) -> None:
+    samples = open_samples(samples_path).samples
+    assert len(set(samples.images.ids)) == len(samples.images) == 24
+    assert len(set(samples.prompts)) == len(samples.prompts) < len(samples)
+
+
+def test_images_carry_the_digest_of_their_file(scenes_root: Path, samples_path: Path) -> None:
+    images = open_samples(samples_path).samples.images
+    assert list(images.sha256) == [digest_file(scenes_root / "images" / path) for path in images.paths]
+
+
+def test_a_copy_of_grefcoco_is_prepared(tmp_path: Path) -> None:
+    root = make_grefcoco(tmp_path / "grefcoco")
+    prepared = prepare(PrepareConfig("grefcoco", root, tmp_path / "stores"))
+    samples = open_samples(prepared.path).samples
+    assert samples.images.ids == ["2", "1"]
+    assert samples.prompts == ["the line", "a diagonal"]
+    assert samples.prompt_rows.tolist() == [0, 1, 0]
+    assert samples.image_rows.tolist() == [0, 0, 1]
+    assert list(samples.targets) == [TARGET, TARGET, empty_mask(SIZE)]
+    assert samples.no_target.tolist() == [False, False, True]
+    assert (prepared.num_images, prepared.num_prompts, prepared.num_samples) == (2, 2, 3)
+    assert prepared.num_samples_of_split == {"train": 1, "val": 2}
+    sources = open_store(prepared.path).header.identity["sources"]
+    assert sources == {name: digest_file(root / name) for name in ("grefs(unc).json", "instances.json")}
+
+
+def test_the_summary_says_what_was_written_and_then_what_was_found(tmp_path: Path) -> None:
+    config = PrepareConfig("grefcoco", make_grefcoco(tmp_path / "grefcoco"), tmp_path / "stores")
+    first, second = prepare(config), prepare(config)
+    counts = f"2 images, 2 prompts, 3 samples (train 1, val 2) -> {first.path.name}"
+    assert first.summary() == f"wrote {counts}"
+    assert second.summary() == f"found {counts}"
+    assert (first.reused, second.reused) == (False, True)
+    assert second.path == first.path
+    assert json.loads(json.dumps(first.to_dict()))["path"] == str(first.path)
+
+
+def test_counts_of_the_summary_are_those_of_the_samples(scenes_root: Path, samples_path: Path) -> None:
+    prepared = prepare(PrepareConfig("scenes", scenes_root, samples_path.parent))
+    samples = open_samples(samples_path).samples
+    assert prepared.reused
+    assert prepared.num_samples_of_split == Counter(samples.splits)
+    assert prepared.num_samples == len(samples)
+
+
+def test_the_same_dataset_elsewhere_is_the_same_store(tmp_path: Path) -> None:
+    one = prepare(PrepareConfig("grefcoco", make_grefcoco(tmp_path / "one"), tmp_path / "stores of one"))
+    other = prepare(PrepareConfig("grefcoco", make_grefcoco(tmp_path / "other" / "deep"), tmp_path / "stores"))
+    assert one.path.name == other.path.name
+    assert open_store(one.path).manifest == open_store(other.path).manifest
+
+
+@pytest.mark.parametrize("change", ["an image's bytes", "a sentence", "a split"])
+def test_a_change_in_the_dataset_is_another_store(tmp_path: Path, change: str) -> None:
+    root = make_grefcoco(tmp_path / "grefcoco")
+    config = PrepareConfig("grefcoco", root, tmp_path / "stores")
+    before = prepare(config)
+    refs = root / "grefs(unc).json"
+    if change == "an image's bytes":
+        Image.new("RGB", SIZE[::-1], (9, 9, 9)).save(root / "images" / "1.png")
+    elif change == "a sentence":
+        refs.write_text(refs.read_text().replace("a diagonal", "the diagonal"))
+    else:
+        refs.write_text(refs.read_text().replace('"val"', '"testA"'))
+    after = prepare(config)
+    assert not after.reused
+    assert after.path != before.path
+    assert before.path.is_dir()
+
+
+def test_the_store_holds_no_absolute_path_and_moves_with_its_dataset(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    prepared = prepare(PrepareConfig("grefcoco", make_grefcoco(home / "grefcoco"), home / "stores"))
+    assert not [
+        path for path in prepared.path.rglob("*") if path.is_file() and str(tmp_path).encode() in path.read_bytes()
+    ]
+    shutil.move(home, tmp_path / "moved")
+    store = open_samples(tmp_path / "moved" / "stores" / prepared.path.name)
+    assert (store.image_dir / store.samples.images.paths[0]).is_file()
+
+
+def test_a_dataset_that_is_not_known_is_met_with_those_that_are(tmp_path: Path) -> None:
+    complaint = r"unknown dataset 'grefcocco': did you mean 'grefcoco'\? Known: grefcoco, scenes\."
+    with pytest.raises(UsageError, match=complaint):
+        prepare(PrepareConfig("grefcocco", tmp_path, tmp_path / "stores"))
+
+
+@pytest.mark.parametrize("dataset", sorted(DATASETS))
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, dataset: str) -> None:
+    with pytest.raises(UsageError, match="nowhere"):
+        prepare(PrepareConfig(dataset, tmp_path / "nowhere", tmp_path / "stores"))
+    assert not (tmp_path / "stores").exists()
+
+
+def test_every_missing_image_is_named_at_once_and_nothing_is_written(
+    offer: Callable[[list[SampleRecord]], PrepareConfig],
+) -> None:
+    config = offer([record(n, image_id=f"image {n}", image_path=f"{n}.png") for n in range(4)])
+    with pytest.raises(UsageError) as caught:
+        prepare(config)
+    assert "0.png is missing" in str(caught.value)
+    assert "3.png is missing" in str(caught.value)
+    assert "1.png" not in str(caught.value)
+    assert not config.out.exists()
+
+
+def test_a_folder_without_any_of_the_images_is_said_in_one_sentence(tmp_path: Path) -> None:
+    root = make_grefcoco(tmp_path / "grefcoco")
+    for name in ("1.png", "2.png"):
+        (root / "images" / name).unlink()
+    complaint = r"images holds none of the images, not even '2.png'\. Name the folder that holds them\.$"
+    with pytest.raises(UsageError, match=complaint):
+        prepare(PrepareConfig("grefcoco", root, tmp_path / "stores"))
+    assert not (tmp_path / "stores").exists()
+
+
+def test_a_dataset_without_a_sample_is_refused(offer: Callable[[list[SampleRecord]], PrepareConfig]) -> None:
+    with pytest.raises(UsageError, match=r"mine at .*mine holds no sample: its annotation files are empty"):
+        prepare(offer([]))
+
+
+def test_rows_come_in_the_order_of_their_first_sample(
+    offer: Callable[[list[SampleRecord]], PrepareConfig],
+) -> None:
+    records = [
+        record(0, prompt="b"),
+        record(1, prompt="a", image_id="two", image_path="2.png"),
+        record(2, prompt="b", image_id="two", image_path="2.png"),
+    ]
+    samples = open_samples(prepare(offer(records)).path).samples
+    assert samples.prompts == ["b", "a"]
+    assert samples.images.ids == ["one", "two"]
+    assert samples.images.paths == ["1.png", "2.png"]
+    assert samples.image_rows.tolist() == [0, 1, 1]
+    assert samples.prompt_rows.tolist() == [0, 1, 0]
+
+
+def test_a_tag_that_only_some_samples_have_is_none_for_the_others(
+    offer: Callable[[list[SampleRecord]], PrepareConfig],
+) -> None:
+    records = [record(0, tags={"kind": "colour"}), record(1, tags={"category": "cat"}), record(2)]
+    samples = open_samples(prepare(offer(records)).path).samples
+    assert samples.tags == {"category": [None, "cat", None], "kind": ["colour", None, None]}
+
+
+def test_targets_stay_at_the_size_of_their_image(offer: Callable[[list[SampleRecord]], PrepareConfig]) -> None:
+    samples = open_samples(prepare(offer([record(0)])).path).samples
+    np.testing.assert_array_equal(samples.target(0), decode_mask(TARGET, SIZE))
