@@ -69,14 +69,23 @@ class _Shard:
             self.descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise DamagedStoreError(f"{path}: the shard is missing; {_REMEDY}") from error
+        self._chunk_bytes = layout.chunk_bytes
+        try:
+            self.index = self._read_index(layout)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_index(self, layout: ArrayLayout) -> NDArray[np.uint64]:
+        """(chunks, 2) offset and length of every chunk, checked against the index's own checksum."""
         size = os.fstat(self.descriptor).st_size
         tail = np.empty(layout.index_bytes, np.uint8)
         if size < len(tail) or os.preadv(self.descriptor, [tail.data], size - len(tail)) != len(tail):
             raise self._damage("the shard is shorter than its index")
         if not np.array_equal(_crc32c(tail[:-CRC_BYTES]), tail[-CRC_BYTES:]):
             raise self._damage("the shard's index fails its checksum")
-        self.index = tail[:-CRC_BYTES].view("<u8").reshape(-1, 2)
-        self._chunk_bytes = layout.chunk_bytes
+        index: NDArray[np.uint64] = tail[:-CRC_BYTES].view("<u8").reshape(-1, 2)
+        return index
 
     def read_chunk(self, chunk: int, out: NDArray[np.uint8], verify: bool) -> None:
         """Fill `out`, a flat buffer of a chunk's payload, and check its crc32c if asked."""

@@ -80,14 +80,11 @@ class StoreWriter:
 
     def begin(self) -> None:
         """Make the group, the metadata of its arrays and the static unit, whichever of them is missing."""
-        metadata = {name: layout.to_metadata() for name, layout in self.layouts.items()}
-        groups = {
-            str(parent): {"zarr_format": 3, "node_type": "group", "attributes": {}}
-            for name in metadata
-            for parent in Path(name).parents
-            if str(parent) != "."
-        }
-        for key, value in (metadata | groups).items():
+        arrays = {name: layout.to_metadata() for name, layout in self.layouts.items()}
+        parents = {str(parent) for name in arrays for parent in Path(name).parents if str(parent) != "."}
+        groups = {parent: {"zarr_format": 3, "node_type": "group", "attributes": {}} for parent in parents}
+        metadata = groups | arrays
+        for key, value in metadata.items():
             _mend_json(self.path / key / "zarr.json", value)
         root = {
             "zarr_format": 3,
@@ -99,9 +96,10 @@ class StoreWriter:
                     "fingerprint": self.header.fingerprint,
                     "identity": self.header.identity,
                     "recorded": self.header.recorded,
+                    "metadata_sha256": fingerprint(metadata),
                 }
             },
-            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": groups | metadata},
+            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": metadata},
         }
         if not self._has_sound_root():
             atomic.write_json(self.path / "zarr.json", root)
@@ -235,10 +233,13 @@ def read_header(path: Path) -> tuple[StoreHeader, dict[str, ArrayLayout]]:
         raise UsageError(f"{path} has schema version {version}; this one reads {SCHEMA_VERSION}. Extract it again.")
     try:
         header = StoreHeader(attributes["kind"], attributes["identity"], attributes["recorded"])
+        metadata = root["consolidated_metadata"]["metadata"]
+        if fingerprint(metadata) != attributes["metadata_sha256"]:
+            raise ValueError("the metadata of its arrays is not what was written")
         layouts = {
-            name: ArrayLayout.from_metadata(name, metadata)
-            for name, metadata in root["consolidated_metadata"]["metadata"].items()
-            if metadata["node_type"] == "array"
+            name: ArrayLayout.from_metadata(name, value)
+            for name, value in metadata.items()
+            if value["node_type"] == "array"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedStoreError(f"{path}/zarr.json is damaged ({error}); extract the store again.") from error

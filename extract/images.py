@@ -12,18 +12,31 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from cache_schema.masks import Size
 
-MAX_IMAGE_PIXELS = 250_000_000
+MAX_IMAGE_PIXELS = 150_000_000
 """Larger images are refused before their pixels are decoded."""
 
 _PILLOW_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
     *(TypeError, AttributeError, struct.error),  # EXIF tags of a type that Pillow does not expect
 )
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
+RESAMPLING = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
+"""The filters an encoder may ask for: Pillow's number, as preprocessor_config.json has it, and its name."""
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UndecodableImageError(ValueError):
@@ -58,13 +71,27 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         with opened:
             if opened.width * opened.height > MAX_IMAGE_PIXELS:
                 raise UndecodableImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}")
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+            return np.asarray(_to_rgb(_turn_upright(opened)))
     except UnidentifiedImageError as error:
         raise UndecodableImageError("not an image file") from error
     except _PILLOW_ERRORS as error:
         if isinstance(error, UndecodableImageError):
             raise
         raise UndecodableImageError(f"the image cannot be decoded ({error})") from error
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    # Pillow's own way of doing this writes the EXIF anew, and fails on tags that it cannot write.
+    turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
+        image = Image.fromarray(np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UndecodableImageError("its pixels have 32 bits, in a range that nothing says; save it with 8 or 16")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -78,7 +105,7 @@ class Preprocessing:
     input_size: Size
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resample: str = "bicubic"
+    resample: str
 
     def to_dict(self) -> dict[str, Any]:
         """What of it belongs to an encoder's identity."""
@@ -87,7 +114,7 @@ class Preprocessing:
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(H, W, 3) uint8 -> (3, h, w) float32 at `input_size`."""
         height, width = self.input_size
-        resized = Image.fromarray(image).resize((width, height), _RESAMPLING[self.resample])
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling[self.resample.upper()])
         pixels = np.asarray(resized, np.float32) / np.float32(255)
         normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))

@@ -27,7 +27,7 @@ RECIPES: dict[str, TrainConfig] = {
             "self_attention": True,
             "upsample": 4,
         },
-        epochs=5,
+        epochs=6,
         batch_size=16,
         prompts_per_image=2,
         learning_rate=1e-3,

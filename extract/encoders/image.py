@@ -23,7 +23,7 @@ from cache_schema.errors import UsageError, unknown_name
 from cache_schema.masks import Size
 from extract.encoders.loading import digest_weights, from_hub, load_checkpoint, read_config
 from extract.encoders.protocols import ImageEncoding
-from extract.images import Preprocessing
+from extract.images import BICUBIC, BILINEAR, RESAMPLING, Preprocessing
 
 IMAGE_MODELS: dict[str, type[PreTrainedModel]] = {
     "dinov2": Dinov2Model,
@@ -125,9 +125,17 @@ def load_image_encoder(
     if family not in IMAGE_MODELS:
         raise UsageError(f"{source} has model type {family!r}; image encoders are {', '.join(IMAGE_MODELS)}.")
     processor = from_hub(source, lambda: BaseImageProcessor.get_image_processor_dict(source)[0])
+    if not {"image_mean", "image_std"} <= processor.keys():
+        raise UsageError(f"{source}/preprocessor_config.json lacks image_mean or image_std; fetch it again.")
+    resample = processor.get("resample", BILINEAR if family == "dinov3_vit" else BICUBIC)
+    if resample not in RESAMPLING:
+        raise UsageError(f"{source} resamples by Pillow's filter {resample}; known are {list(RESAMPLING)}.")
     model = load_checkpoint(IMAGE_MODELS[family], source)
     side = model.config.image_size
     preprocessing = Preprocessing(
-        input_size=input_size or (side, side), mean=tuple(processor["image_mean"]), std=tuple(processor["image_std"])
+        input_size=input_size or (side, side),
+        mean=tuple(processor["image_mean"]),
+        std=tuple(processor["image_std"]),
+        resample=RESAMPLING[resample],
     )
     return VisionTransformerEncoder(model, config, preprocessing, layers, source, device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -45,7 +46,7 @@ def from_hub(source: str, load: Callable[[], T]) -> T:
     """
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         if isinstance(error, UsageError):
             raise
         if Path(source).exists():
@@ -79,8 +80,15 @@ def read_config(source: str) -> dict[str, Any]:
         UsageError: the checkpoint cannot be had.
     """
     config, _ = from_hub(source, lambda: PreTrainedConfig.get_config_dict(source))
+    return _without_incidentals(config)
+
+
+def _without_incidentals(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
     skipped = {"transformers_version", "dtype", "torch_dtype", "architectures"}
-    return {key: value for key, value in config.items() if key not in skipped and not key.startswith("_")}
+    kept = {key: value for key, value in config.items() if key not in skipped and not key.startswith("_")}
+    return {key: _without_incidentals(value) for key, value in kept.items()}
 
 
 def _first_line(error: BaseException) -> str:

@@ -51,9 +51,14 @@ def make_tiny_encoders(folder: Path, seed: int = 0) -> TinyEncoders:
     """Make both checkpoints under `folder`, or leave those that are there; return their folders."""
     encoders = TinyEncoders(folder / "tiny-dinov2-reg", folder / "tiny-clip-text")
     for path, save in ((encoders.image, _save_image_encoder), (encoders.text, _save_text_encoder)):
-        if not path.is_dir():
+        if path.is_dir():
+            continue
+        try:
             with atomic.staged(path) as temporary:
                 save(temporary, seed)
+        except OSError:
+            if not path.is_dir():  # else another process made the very same folder first
+                raise
     return encoders
 
 

@@ -535,7 +535,6 @@ def test_a_forgotten_reader_closes_its_files(store: Path) -> None:
     assert open_files_under(store) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="a shard whose index is refused keeps its file descriptor")
 def test_a_shard_that_is_refused_is_not_held_open(store: Path) -> None:
     layout = layout_of((4, 3))
     write_array(store, layout, values_of(layout))

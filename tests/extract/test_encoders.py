@@ -188,7 +188,6 @@ def test_the_checkpoints_own_size_and_normalisation_are_used(checkpoints: dict[s
     assert encoder.grids == {"last": (4, 4, 32)}
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint's own resampling is not looked at; DINOv3's is bilinear")
 def test_the_checkpoints_own_resampling_is_used(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = copy_of(checkpoints["dinov3_vit"], tmp_path)
     (checkpoint / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "resample": 2}))
@@ -357,7 +356,6 @@ def test_a_checkpoint_without_a_weight_file_or_a_preprocessor_or_a_tokenizer_is_
             load(str(checkpoint))
 
 
-@pytest.mark.xfail(strict=True, reason="only OSError and ValueError of a failed load are made plain")
 @pytest.mark.parametrize("harm", ["weights cut short", "weights of another shape", "processor without a mean"])
 def test_a_damaged_checkpoint_is_refused(checkpoints: dict[str, Path], tmp_path: Path, harm: str) -> None:
     checkpoint = copy_of(checkpoints["dinov2"], tmp_path)
@@ -474,7 +472,6 @@ def test_a_models_whole_config_is_part_of_its_identity_and_library_versions_are_
     assert loaded.identity["class"] == "Dinov2Model"
 
 
-@pytest.mark.xfail(strict=True, reason="names, paths and versions are left out at the top of a config, not inside it")
 def test_names_paths_and_versions_inside_a_config_are_left_out_too(
     text_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -71,7 +71,6 @@ def test_a_save_that_is_cut_off_leaves_nothing_that_passes_for_an_encoder(
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-dinov2-reg"]
 
 
-@pytest.mark.xfail(strict=True, reason="whoever loses the race to publish the folder raises OSError")
 def test_two_may_make_them_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = tiny._save_image_encoder
 
