@@ -145,7 +145,7 @@ class CrossAttentionHead(Head):
             tokens = tokens + sine_positions(height, width, tokens.shape[-1]).to(tokens)
         for mix in self.image_mixing:
             tokens = mix(tokens)
-        tokens = tokens[inputs.image_index]
+        tokens = tokens.index_select(0, inputs.image_index)
         for fuse, mix in zip(self.fusion, self.prompt_mixing, strict=True):
             tokens = mix(fuse(tokens, prompt, inputs.prompt_mask))
         logits = self.to_logits(tokens).transpose(1, 2).unflatten(2, (height, width))

@@ -28,7 +28,7 @@ class LinearHead(Head):
 
     def forward(self, inputs: HeadInputs) -> HeadOutputs:
         """(b, gh, gw) mask logits."""
-        tokens = inputs.features[self.layers[0]][inputs.image_index]
+        tokens = inputs.features[self.layers[0]].index_select(0, inputs.image_index)
         direction = self.projection(inputs.pooled) * self.scale
         return HeadOutputs(torch.einsum("bhwd,bd->bhw", tokens, direction) + self.bias)
 

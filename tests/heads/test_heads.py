@@ -100,6 +100,29 @@ def test_the_image_stage_runs_once_for_each_image() -> None:
     assert seen == [2]
 
 
+def test_gradients_are_the_same_to_the_last_bit_every_time() -> None:
+    # Indexing with a tensor sums its gradients in whatever order the threads come: an exact resume would be lost.
+    shapes = FeatureShapes({"last": (32, 32, 16)}, token_width=12, pooled_width=10)
+    torch.manual_seed(0)
+    head = build_head("cross_attention", shapes, {"dim": 64, "inner_dim": 8, "num_heads": 2, "hidden_dim": 8})
+    inputs = HeadInputs(
+        features={"last": torch.randn(2, 32, 32, 16)},
+        cls={"last": torch.randn(2, 16)},
+        prompt_tokens=torch.randn(32, 2, 12),
+        prompt_mask=torch.ones(32, 2, dtype=torch.bool),
+        pooled=torch.randn(32, 10),
+        image_index=torch.arange(32) % 2,
+    )
+
+    def gradient() -> torch.Tensor:
+        head.zero_grad()
+        head(inputs).mask_logits.square().mean().backward()
+        return head.image_projection.weight.grad.clone()
+
+    first = gradient()
+    assert all(torch.equal(gradient(), first) for _ in range(20))
+
+
 def test_the_default_cross_attention_has_jurassiglips_fusion_and_head() -> None:
     shapes = FeatureShapes({"last": (32, 32, 384)}, token_width=768, pooled_width=768)
     head = build_head("cross_attention", shapes, {})
