@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.errors import StoreMismatchError, UsageError
+from cache_schema.errors import StoreMismatchError
 from cache_schema.fingerprint import fingerprint
 from cache_schema.samples import SamplesStore, open_samples, read_strings
 from cache_schema.shards import ArrayReader
@@ -144,10 +144,10 @@ def open_cache(samples: Path, images: Path, prompts: Path, image_dir: Path | Non
     image_rows = _match(
         list(zip(table.ids, table.sha256, strict=True)),
         list(zip(image_features.ids, image_features.sha256, strict=True)),
-        f"image of {samples.name} has no features in {images.name}",
+        f"images of {samples.name} have no features in {images.name}",
     )
     prompt_rows = _match(
-        opened.samples.prompts, prompt_features.prompts, f"prompt of {samples.name} has no features in {prompts.name}"
+        opened.samples.prompts, prompt_features.prompts, f"prompts of {samples.name} have no features in {prompts.name}"
     )
     return FeatureCache(opened, image_features, prompt_features, image_rows, prompt_rows)
 
@@ -158,20 +158,7 @@ def _match(wanted: Sequence[Any], known: Sequence[Any], complaint: str) -> NDArr
     if missing:
         first = missing[0][0] if isinstance(missing[0], tuple) else missing[0]
         raise StoreMismatchError(
-            f"these stores do not match: {len(missing)} of {len(wanted)} times an {complaint} (first: {first!r}). "
+            f"these stores do not match: {len(missing)} of {len(wanted)} {complaint} (first: {first!r}). "
             "Extract features for these samples, or name the stores that were extracted from them."
         )
     return np.array([row_of[key] for key in wanted], np.int64)
-
-
-def find_store(parent: Path, kind: str) -> Path:
-    """The one store of a kind under a folder.
-
-    Raises:
-        UsageError: there is none, or more than one.
-    """
-    found = sorted(parent.glob(f"{kind}-*.zarr"))
-    if len(found) != 1:
-        how_many = "no" if not found else "more than one"
-        raise UsageError(f"{parent} holds {how_many} store of {kind}; name the one you mean.")
-    return found[0]

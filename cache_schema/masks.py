@@ -17,6 +17,9 @@ Size = tuple[int, int]
 """(H, W) in pixels."""
 
 
+_MAX_RUN_BITS = 40
+
+
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:
     """Compress a (H, W) boolean mask into COCO counts."""
     if mask.ndim != 2:
@@ -55,6 +58,14 @@ def union_of_segmentations(segmentations: Sequence[Any], size: Size) -> bytes:
     if not parts:
         return empty_mask(size)
     return bytes(coco_mask.merge(parts, intersect=False)["counts"])
+
+
+def merge_counts(parts: Sequence[bytes], size: Size) -> bytes:
+    """Counts of the union of masks that `encode_mask` or `union_of_segmentations` gave, which need no checking."""
+    if not parts:
+        return empty_mask(size)
+    merged = coco_mask.merge([{"size": list(size), "counts": part} for part in parts], intersect=False)
+    return bytes(merged["counts"])
 
 
 def _parse_polygons(polygons: Sequence[Any], size: Size) -> list[list[float]]:
@@ -98,6 +109,8 @@ def _expand_runs(counts: str) -> list[int]:
             raise ValueError(f"compressed run lengths hold the character {character!r}")
         value |= (code & 0x1F) << shift
         shift += 5
+        if shift > _MAX_RUN_BITS:
+            raise ValueError("compressed run lengths hold a number that no image is large enough for")
         if code & 0x20:
             continue
         if code & 0x10:

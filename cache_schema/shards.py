@@ -18,10 +18,10 @@ from cache_schema.layout import CRC_BYTES, ArrayLayout
 MISSING = 2**64 - 1
 """Offset and length of a chunk that was never written, as zarr's specification has it."""
 
-MAX_OPEN_SHARDS = 256
-"""How many shard files one reader keeps open: well below the usual limit of 1,024 files for a process."""
+MAX_OPEN_SHARDS = 64
+"""How many shard files one reader keeps open. A store has a reader for each array, a process 1,024 files by default."""
 
-_REMEDY = "remove the file and run the same `headstart extract` again to write it anew"
+_REMEDY = "remove the file and run the command that made the store again"
 
 
 def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
@@ -137,18 +137,23 @@ class ArrayReader:
             verify: check the crc32c of every chunk that is read.
 
         Raises:
-            IndexError: a row is out of range.
+            TypeError, IndexError: a row is no whole number, or out of range.
             DamagedStoreError: a shard or a chunk is missing, cut short or fails its checksum. Never zeros instead.
         """
         layout = self.layout
-        wanted = np.arange(layout.num_rows) if rows is None else np.asarray(rows, np.int64).reshape(-1)
+        wanted = np.arange(layout.num_rows) if rows is None else np.asarray(rows).reshape(-1)
+        if len(wanted) and wanted.dtype.kind not in "iu":
+            raise TypeError(
+                f"{layout.name}: rows are whole numbers, not {wanted.dtype.name}; a mask needs np.flatnonzero"
+            )
+        wanted = wanted.astype(np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < layout.num_rows:
             raise IndexError(f"{layout.name} has {layout.num_rows} rows; asked for {wanted.min()} to {wanted.max()}")
         shape = (len(wanted), *layout.shape[1:])
         if out is None:
             out = np.empty(shape, layout.dtype)
-        elif out.shape != shape or out.dtype != layout.dtype or not out.flags.c_contiguous:
-            raise ValueError(f"{layout.name}: `out` must be C-contiguous {layout.dtype.name} {shape}")
+        elif out.shape != shape or out.dtype != layout.dtype or not out.flags.carray:
+            raise ValueError(f"{layout.name}: `out` must be writable, C-contiguous {layout.dtype.name} {shape}")
         if not len(wanted) or not layout.row_bytes:
             return out
         flat = out.reshape(len(wanted), -1).view(np.uint8)

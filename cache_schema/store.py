@@ -113,7 +113,8 @@ class StoreWriter:
         if not path.is_file():
             return False
         try:
-            return Receipt.read(path).is_honoured(self.path, by_digest=True)
+            receipt = Receipt.read(path)
+            return receipt.unit == unit and receipt.is_honoured(self.path, by_digest=True)
         except DamagedStoreError:
             return False
 
@@ -145,7 +146,10 @@ class StoreWriter:
 
     def finish(self, units: Iterable[str]) -> Manifest:
         """Write the ledger and the manifest, once every unit of the job has its receipt."""
-        receipts = [Receipt.read(self._receipt_path(unit)) for unit in (STATIC_UNIT, *units)]
+        names = [STATIC_UNIT, *units]
+        for stray in set((self.path / "receipts").glob("*.json")) - {self._receipt_path(name) for name in names}:
+            stray.unlink()
+        receipts = [Receipt.read(self._receipt_path(name)) for name in names]
         failures = [failure for receipt in receipts for failure in receipt.failures]
         ledger = b"".join(canonical_json({"row": f.row, "id": f.id, "reason": f.reason}) + b"\n" for f in failures)
         atomic.write_file(self.path / "ledger.jsonl", ledger)
@@ -192,15 +196,17 @@ class Store:
         """
         if name not in self.layouts:
             raise UsageError(f"{self.path} has no array {name!r}; it holds {', '.join(sorted(self.layouts))}.")
-        return self._readers.setdefault(name, ArrayReader(self.path, self.layouts[name]))
+        if name not in self._readers:
+            self._readers[name] = ArrayReader(self.path, self.layouts[name])
+        return self._readers[name]
 
     def read(self, name: str) -> NDArray[Any]:
         """All of one array, checked against its checksums."""
         return self.array(name).read()
 
     def failures(self) -> list[Failure]:
-        """The ledger: every item that could not be encoded."""
-        return [Failure(**json.loads(line)) for line in (self.path / "ledger.jsonl").read_text().splitlines()]
+        """Every item that could not be encoded, as ledger.jsonl lists them for people."""
+        return [failure for receipt in self.receipts() for failure in receipt.failures]
 
     def receipts(self) -> list[Receipt]:
         """Every receipt, in order of name."""
@@ -241,10 +247,11 @@ def read_header(path: Path) -> tuple[StoreHeader, dict[str, ArrayLayout]]:
             for name, value in metadata.items()
             if value["node_type"] == "array"
         }
+        matches = header.kind in get_args(StoreKind) and header.fingerprint == attributes["fingerprint"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedStoreError(f"{path}/zarr.json is damaged ({error}); extract the store again.") from error
-    if header.kind not in get_args(StoreKind) or header.fingerprint != attributes["fingerprint"]:
-        raise DamagedStoreError(f"{path}/zarr.json does not match the fingerprint it carries; extract the store again.")
+        raise DamagedStoreError(f"{path}/zarr.json is damaged ({error}); make the store again.") from error
+    if not matches:
+        raise DamagedStoreError(f"{path}/zarr.json does not match the fingerprint it carries; make the store again.")
     return header, layouts
 
 
@@ -267,15 +274,17 @@ def open_store(path: Path, kind: StoreKind | None = None) -> Store:
     header, layouts = read_header(path)
     if kind is not None and header.kind != kind:
         raise UsageError(f"{path} is a store of {header.kind}, where one of {kind} is wanted.")
+    command = "prepare" if header.kind == "samples" else "extract"
+    again = f"Run the `headstart {command}` that made it again: it does only what is not there."
     if not (path / "manifest.json").is_file():
-        raise UsageError(f"{path} is incomplete: its job has not finished. Run the same command again to go on.")
+        raise UsageError(f"{path} is incomplete: its job has not finished. {again}")
     manifest = Manifest.read(path / "manifest.json")
     store = Store(path, header, layouts, manifest)
     receipts = store.receipts()
     if Manifest.of(header.fingerprint, receipts) != manifest:
-        raise DamagedStoreError(f"{path}: the manifest and the receipts differ; run the same command again to mend it.")
+        raise DamagedStoreError(f"{path}: the manifest and the receipts differ. {again}")
     for receipt in receipts:
         if not receipt.is_honoured(path, by_digest=False):
             what = f"a file of unit {receipt.unit} is missing or has another size"
-            raise DamagedStoreError(f"{path}: {what}; run the same command again to mend it.")
+            raise DamagedStoreError(f"{path}: {what}. {again}")
     return store

@@ -47,9 +47,10 @@ _EXAMPLES_OF_GROUP = 4
 class Evaluation:
     """One head on one split. `scores` is parallel to `samples`, rows of the samples store."""
 
-    head: str
+    name: str
     run_dir: Path
     num_parameters: int
+    head: Head
     samples: NDArray[np.int64]
     scores: SampleScores
     seconds: float
@@ -72,6 +73,9 @@ def evaluate_runs(
 ) -> dict[str, Any]:
     """Score the best checkpoint of every run on a split, and leave `results.json` and `report.html` under `out`.
 
+    Every run that was trained on these very stores gets its own part of the results in its folder as well. A picture
+    that is no longer there is left out of the report; the numbers do not need it.
+
     Args:
         notes: sentences a reader of the report must know.
         seconds: what earlier stages took, shown beside what evaluation took.
@@ -80,10 +84,17 @@ def evaluate_runs(
         The object that is written to results.json.
 
     Raises:
-        UsageError: a folder holds no trained head, or the split is unknown.
+        UsageError: a folder holds no finished run, or the split is unknown.
         StoreMismatchError: a run was trained on features of other encoders.
     """
+    out.mkdir(parents=True, exist_ok=True)
     evaluations = [evaluate_run(run_dir, cache, split, protocol) for run_dir in run_dirs]
+    labels = _labels(evaluations)
+    num_left_out = len(cache.samples.samples.rows_of_split(split)) - len(evaluations[0].samples)
+    notes = [
+        *notes,
+        *([f"{num_left_out} samples are left out: their images could not be encoded."] if num_left_out else []),
+    ]
     samples = cache.samples.samples
     rows = evaluations[0].samples
     shown = tqdm(rows, desc=f"scoring baselines on {split}", unit="prompt", delay=1)
@@ -95,21 +106,25 @@ def evaluate_runs(
     results: dict[str, Any] = {
         "runs": [
             {
-                "head": evaluation.head,
+                "head": label,
                 "run_dir": str(evaluation.run_dir),
                 "metrics": evaluation.metrics,
                 "slices": slice_metrics(evaluation.scores, {**tags, **standard_tags(evaluation.scores, prompts)}),
             }
-            for evaluation in evaluations
+            for label, evaluation in zip(labels, evaluations, strict=True)
         ],
         "baselines": baselines,
         "protocol": {**protocol.to_dict(), "dataset": cache.samples.dataset, "split": split},
+        "num_left_out": num_left_out,
         "provenance": {**cache.fingerprints, "split": split},
-        "seconds": {**(seconds or {}), "evaluate": {e.head: round(e.seconds, 3) for e in evaluations}},
+        "seconds": {
+            **(seconds or {}),
+            "evaluate": {label: round(e.seconds, 3) for label, e in zip(labels, evaluations, strict=True)},
+        },
     }
     reports = [
         RunReport(
-            head=evaluation.head,
+            head=label,
             history=_read_history(evaluation.run_dir),
             scores=evaluation.scores,
             prompts=prompts,
@@ -117,23 +132,33 @@ def evaluate_runs(
             examples=list(_examples(evaluation, cache, split, protocol)),
             num_parameters=evaluation.num_parameters,
         )
-        for evaluation in evaluations
+        for label, evaluation in zip(labels, evaluations, strict=True)
     ]
     atomic.write_json(out / "results.json", results)
     write_report(out / "report.html", results, reports, notes, title)
     for entry, evaluation in zip(results["runs"], evaluations, strict=True):
-        atomic.write_json(evaluation.run_dir / "results.json", {**results, "runs": [entry]})
+        own_stores = _read_config(evaluation.run_dir)["stores"]
+        if own_stores == cache.fingerprints and evaluation.run_dir.resolve() != out.resolve():
+            atomic.write_json(evaluation.run_dir / "results.json", {**results, "runs": [entry]})
     return results
+
+
+def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What each run is called: its head, or its folder where two runs are of one head."""
+    names = [evaluation.name for evaluation in evaluations]
+    return names if len(set(names)) == len(names) else [evaluation.run_dir.name for evaluation in evaluations]
 
 
 def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Protocol = ORIGINAL_SIZE) -> Evaluation:
     """Score the best checkpoint of one run on a split of a cache."""
     started = time.perf_counter()
+    if not (run_dir / "training.json").is_file():
+        raise UsageError(f"{run_dir} is not trained to its end; run its `headstart train` again, or leave it out.")
     spec, head = load_head(run_dir / "best")
     head = head.to(pick_device())
     _check_same_encoders(run_dir, cache)
     samples = cache.samples.samples
-    data = CachedSplit(cache, split, (1, 1), head.layers)
+    data = CachedSplit(cache, split, None, head.layers)
     state: State = ()
     rows = []
     bar = tqdm(total=len(data), desc=f"evaluating {spec.head} on {split}", unit="prompt")
@@ -144,7 +169,8 @@ def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Proto
         bar.update()
     bar.close()
     return Evaluation(
-        head=spec.head,
+        name=spec.head,
+        head=head,
         run_dir=run_dir,
         num_parameters=sum(parameter.numel() for parameter in head.parameters()),
         samples=np.array(rows, np.int64),
@@ -172,16 +198,23 @@ def predict_masks(
 
 def _check_same_encoders(run_dir: Path, cache: FeatureCache) -> None:
     """Features of other encoders have other meanings, even where their shapes agree."""
-    try:
-        trained_on = json.loads((run_dir / "config.json").read_bytes())["encoder_fingerprints"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{run_dir} is not a run folder: it has no readable config.json.") from error
+    trained_on = _read_config(run_dir)["encoder_fingerprints"]
     if trained_on != cache.encoder_fingerprints:
         sides = [side for side, digest in cache.encoder_fingerprints.items() if trained_on.get(side) != digest]
         raise StoreMismatchError(
             f"{run_dir} was trained on features of another {' and '.join(sides)} encoder than this cache holds. "
             "Name the stores it was trained on, or train on these."
         )
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((run_dir / "config.json").read_bytes())
+        if not {"encoder_fingerprints", "stores"} <= config.keys():
+            raise ValueError("it does not say what was trained")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run_dir} is not a run folder: its config.json cannot be read ({error}).") from error
+    return config
 
 
 def _read_history(run_dir: Path) -> list[dict[str, Any]]:
@@ -206,14 +239,17 @@ def _examples(evaluation: Evaluation, cache: FeatureCache, split: str, protocol:
                 seen.add(image)
                 chosen.append((place, group))
                 taken += 1
-    _, head = load_head(evaluation.run_dir / "best")
-    data = CachedSplit(cache, split, (1, 1), head.layers, residency="disk")
+    head = evaluation.head
+    data = CachedSplit(cache, split, None, head.layers, residency="disk")
     rows = evaluation.samples[[place for place, _ in chosen]]
     masks = dict(predict_masks(head, cache, data, [rows], protocol)) if len(rows) else {}
     for place, group in chosen:
         row = int(evaluation.samples[place])
+        path = cache.samples.image_dir / samples.images.paths[samples.image_rows[row]]
+        if not path.is_file():
+            continue
         yield Example(
-            image=open_image(cache.samples.image_dir / samples.images.paths[samples.image_rows[row]]),
+            image=open_image(path),
             truth=samples.target(row),
             predicted=masks[row],
             prompt=samples.prompts[samples.prompt_rows[row]],

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, UInt8
 from cache_schema.errors import UsageError
 from evaluate.metrics import ORIGINAL_SIZE, Protocol
 from extract.encoders.protocols import ImageEncoder, ImageEncoding, TextEncoder
-from extract.images import UndecodableImageError, decode_image, read_bytes
+from extract.images import UndecodableImageError, UnreadableFileError, decode_image, read_bytes
 from heads.inputs import Head, HeadInputs
 from heads.losses import resize_logits
 
@@ -40,7 +40,7 @@ def open_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     """
     try:
         return decode_image(read_bytes(path)[0])
-    except UndecodableImageError as error:
+    except (UndecodableImageError, UnreadableFileError) as error:
         raise UsageError(f"{path} cannot be used: {error}. Name an image file such as a JPEG or a PNG.") from error
 
 

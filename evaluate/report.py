@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from cache_schema import atomic
 from cache_schema.errors import UsageError
 from evaluate.metrics import Metrics, Protocol, SampleScores, slice_metrics, sort_values, standard_tags
 from evaluate.pictures import PREDICTED_COLOUR, TRUTH_COLOUR, data_uri, encode_jpeg, triptych
@@ -116,8 +117,7 @@ def write_report(
             provenance=list(_flatten(results.get("provenance", {}))),
         )
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    atomic.write_file(path, page.encode())
     return path
 
 

@@ -20,8 +20,8 @@ from cache_schema.receipts import Failure
 from cache_schema.samples import ImageTable, SamplesStore, digest_array, open_samples, string_arrays
 from cache_schema.store import StaticArray, StoreHeader, StoreWriter, is_complete
 from extract.encoders.protocols import ImageEncoder
-from extract.images import UndecodableImageError, decode_image, read_bytes
-from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, run_job
+from extract.images import UndecodableImageError, UnreadableFileError, decode_image, read_bytes
+from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, require_positive, run_job
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class ImageJobConfig:
     shard_rows: int = 64
     decode_threads: int = 2
 
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "shard_rows", "decode_threads")
+
 
 def extract_images(config: ImageJobConfig, encoder: ImageEncoder) -> Extraction:
     """Encode every image of a samples store that has no features yet. Safe to kill, repeat, and run twice at once.
@@ -59,6 +62,7 @@ def extract_images(config: ImageJobConfig, encoder: ImageEncoder) -> Extraction:
 
     def encode(pending: Sequence[Unit]) -> Iterator[EncodedUnit]:
         for unit, images in _decoded_units(config, samples, encoder, pending):
+            _require_readable(samples, unit, images)
             arrays, failures = _encode_unit(config, encoder, table, unit.rows, images)
             yield EncodedUnit(unit, {(name, unit.number): values for name, values in arrays.items()}, failures)
 
@@ -101,7 +105,7 @@ def _make_writer(config: ImageJobConfig, table: ImageTable, encoder: ImageEncode
     return StoreWriter(config.out, replace(header, recorded=recorded), layouts, static)
 
 
-Decoded = NDArray[np.float32] | UndecodableImageError
+Decoded = NDArray[np.float32] | UndecodableImageError | UnreadableFileError
 
 
 def _decoded_units(
@@ -113,7 +117,7 @@ def _decoded_units(
     def load(row: int) -> Decoded:
         try:
             return encoder.preprocess(_load_image(samples.image_dir / table.paths[row], table, row))
-        except UndecodableImageError as error:
+        except (UndecodableImageError, UnreadableFileError) as error:
             return error
 
     with ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode") as pool:
@@ -125,10 +129,23 @@ def _decoded_units(
             yield unit, [future.result() for future in ahead.popleft()]
 
 
+def _require_readable(samples: SamplesStore, unit: Unit, images: Sequence[Decoded]) -> None:
+    """Stop at files that are missing, unreadable or changed: the store is for ever, and they may be back tomorrow."""
+    missing = [
+        (row, image) for row, image in zip(unit.rows, images, strict=True) if isinstance(image, UnreadableFileError)
+    ]
+    if missing:
+        row, reason = missing[0]
+        raise UsageError(
+            f"{len(missing)} images of {samples.image_dir} cannot be had, {samples.samples.images.paths[row]!r} first: "
+            f"{reason}. Put them back or name their folder with --image-dir, and run the same command again to go on."
+        )
+
+
 def _load_image(path: Path, table: ImageTable, row: int) -> NDArray[np.uint8]:
     data, digest = read_bytes(path)
     if digest != table.sha256[row]:
-        raise UndecodableImageError("the file changed after the samples store was written")
+        raise UnreadableFileError("the file changed after the samples store was written")
     image = decode_image(data)
     if image.shape[:2] != tuple(table.sizes[row]):
         height, width = table.sizes[row].tolist()
@@ -149,7 +166,7 @@ def _encode_unit(
         arrays[f"cls/{layer}"] = np.zeros((len(rows), channels), dtype)
     good: list[tuple[int, NDArray[np.float32]]] = []
     for place, image in enumerate(images):
-        if isinstance(image, UndecodableImageError):
+        if isinstance(image, Exception):
             reasons[place] = str(image)
         else:
             good.append((place, image))

@@ -20,9 +20,13 @@ MAX_IMAGE_PIXELS = 150_000_000
 """Larger images are refused before their pixels are decoded."""
 
 _PILLOW_ERRORS = (
-    *(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
+    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError),
     *(TypeError, AttributeError, struct.error),  # EXIF tags of a type that Pillow does not expect
 )
+Image.init()
+IMAGE_FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF"} & Image.OPEN.keys())
+"""Formats that are decoded, as far as Pillow was built with them. It knows more, some of which start other programs."""
+
 BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
 RESAMPLING = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
 """The filters an encoder may ask for: Pillow's number, as preprocessor_config.json has it, and its name."""
@@ -40,19 +44,23 @@ _UPRIGHT = {
 
 
 class UndecodableImageError(ValueError):
-    """An image file that cannot be used, with the reason: a ledger entry in the making."""
+    """The bytes of an image file that cannot be used, with the reason: a ledger entry in the making."""
+
+
+class UnreadableFileError(OSError):
+    """A file that is not there, or not to be had at the moment. Nothing is said of its bytes."""
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:
     """A file's bytes and their SHA-256.
 
     Raises:
-        UndecodableImageError: the file cannot be read.
+        UnreadableFileError: the file cannot be read.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UndecodableImageError(f"the file cannot be read ({error.strerror})") from error
+        raise UnreadableFileError(f"the file cannot be read ({error.strerror})") from error
     return data, hashlib.sha256(data).hexdigest()
 
 
@@ -67,7 +75,7 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data))
+            opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         with opened:
             if opened.width * opened.height > MAX_IMAGE_PIXELS:
                 raise UndecodableImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}")
@@ -89,6 +97,8 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
         image = Image.fromarray(np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8))
+    elif "transparency" in image.info:  # a palette with a see-through colour; Pillow warns of a direct conversion
+        image = image.convert("RGBA")
     elif image.mode in ("I", "F"):
         raise UndecodableImageError("its pixels have 32 bits, in a range that nothing says; save it with 8 or 16")
     return image.convert("RGB")

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from cache_schema.errors import UsageError
 from cache_schema.receipts import Failure
 from cache_schema.store import StoreWriter, is_complete, open_store
 
@@ -128,6 +129,13 @@ def portable_source(source: str, base: Path) -> dict[str, str]:
     return {"hub": source}
 
 
+def move_source(recorded: Mapping[str, str], old_base: Path, new_base: Path) -> dict[str, str]:
+    """A recorded source, relative to another folder. A folder stays a folder, whether it is there now or not."""
+    if "folder" not in recorded:
+        return dict(recorded)
+    return {"folder": os.path.relpath((old_base / recorded["folder"]).resolve(), new_base.resolve())}
+
+
 def resolve_source(recorded: Mapping[str, str], base: Path) -> str:
     """The folder or hub id of an encoder that was recorded relative to `base`."""
     return os.path.normpath(base / recorded["folder"]) if "folder" in recorded else recorded["hub"]
@@ -138,9 +146,25 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
+def require_positive(config: Any, *names: str) -> None:
+    """Raise a UsageError for the first of these fields that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UsageError(f"{name} is {getattr(config, name)}: give a whole number of at least 1.")
+
+
 def pick_device(name: str = "auto") -> str:
-    """`"auto"` is the first accelerator there is, or the CPU; anything else is taken as it is."""
-    if name != "auto":
-        return name
+    """`"auto"` is the first accelerator there is, or the CPU; anything else is taken by name.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
+    if name == "auto":
+        return accelerator.type if accelerator is not None else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise UsageError(f"there is no device {name!r} here; name one of: auto, {here}.") from error
+    return name

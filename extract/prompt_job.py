@@ -17,7 +17,7 @@ from cache_schema.ragged import Offsets, offsets_of
 from cache_schema.samples import open_samples, string_arrays
 from cache_schema.store import StaticArray, StoreHeader, StoreWriter
 from extract.encoders.protocols import TextEncoder
-from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, run_job
+from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, require_positive, run_job
 
 TOKENS_PER_CHUNK = 32
 
@@ -38,6 +38,11 @@ class PromptJobConfig:
     batch_size: int = 128
     unit_prompts: int = 1024
     shard_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "unit_prompts", "shard_tokens")
+        if self.shard_tokens % TOKENS_PER_CHUNK:
+            raise UsageError(f"shard_tokens is {self.shard_tokens}: give a multiple of {TOKENS_PER_CHUNK}.")
 
 
 def extract_prompts(config: PromptJobConfig, encoder: TextEncoder) -> Extraction:

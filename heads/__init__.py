@@ -33,5 +33,7 @@ def build_head(name: str, shapes: FeatureShapes, arguments: Mapping[str, Any]) -
         raise unknown_name("head", name, HEADS)
     try:
         return HEADS[name](shapes, **arguments)
-    except (TypeError, KeyError, ValueError) as error:
+    except UsageError:
+        raise
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UsageError(f"head {name!r} cannot be built with {dict(arguments)}: {error}.") from error

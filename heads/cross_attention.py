@@ -180,7 +180,10 @@ def build_cross_attention(
     upsample: int = 1,
 ) -> CrossAttentionHead:
     """A cross-attention head for cached features, by default on the last layer that was cached."""
-    layers = tuple(layers) if layers else (list(shapes.grids)[-1],)
+    for name, count in (("num_heads", num_heads), ("hidden_dim", hidden_dim), ("depth", depth), ("upsample", upsample)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1")
+    layers = shapes.layers([layers] if isinstance(layers, str) else layers)
     grids = {shapes.grids[layer][:2] for layer in layers}
     if len(grids) != 1:
         raise ValueError(f"layers {', '.join(layers)} have different grids ({sorted(grids)}); name layers of one grid")

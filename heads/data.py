@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from queue import Queue
 from typing import Literal, TypeVar
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from cache_schema.masks import Size
 from heads.inputs import FeatureShapes, HeadInputs
@@ -43,7 +45,7 @@ def feature_shapes(cache: FeatureCache) -> FeatureShapes:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets of b prompts; `samples` are their rows in the samples store."""
+    """Inputs and targets of b prompts; `samples` are their rows in the samples store. Targets are 0 x 0 unless kept."""
 
     inputs: HeadInputs
     targets: Float[Tensor, "b h w"]
@@ -54,7 +56,8 @@ class CachedSplit:
     """One split of a cache, ready to be drawn in batches.
 
     Args:
-        target_size: (H, W) at which targets are kept, bit-packed, decoded from their run lengths once.
+        target_size: (H, W) at which targets are kept, bit-packed, decoded from their run lengths once; None for a
+            split whose targets nobody asks for.
         layers: cached layers to load; all by default.
         residency: `"ram"` reads every feature at the start, `"disk"` at each batch, `"auto"` takes RAM if the features
             fill at most half of what is free. Same order and same values either way.
@@ -64,18 +67,19 @@ class CachedSplit:
         self,
         cache: FeatureCache,
         split: str,
-        target_size: Size,
+        target_size: Size | None,
         layers: Sequence[str] | None = None,
         residency: Residency = "auto",
     ) -> None:
         samples = cache.samples.samples
         self.samples = cache.usable_samples(split)
-        self.num_left_out = len(samples.rows_of_split(split)) - len(self.samples)
+        if not len(self.samples):
+            raise UsageError(f"split {split!r} holds no sample whose image could be encoded; see the store's ledger.")
         self.target_size = target_size
         self._place_of_sample = {sample: place for place, sample in enumerate(self.samples.tolist())}
         self._image_of = cache.image_rows[samples.image_rows[self.samples]]
         self._prompt_of = cache.prompt_rows[samples.prompt_rows[self.samples]]
-        self._targets = _pack_targets(cache, self.samples, target_size, split)
+        self._targets = None if target_size is None else _pack_targets(cache, self.samples, target_size, split)
         self._offsets = torch.from_numpy(cache.prompts.offsets)
         self._tokens = torch.from_numpy(cache.prompts.tokens())
         self._pooled = torch.from_numpy(cache.prompts.pooled())
@@ -91,6 +95,8 @@ class CachedSplit:
             for layer in layers:
                 grid, cls = self._grids[layer].read(rows), self._cls[layer].read(rows)
                 self._resident[layer] = torch.from_numpy(grid), torch.from_numpy(cls)
+                self._grids[layer].close()
+                self._cls[layer].close()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -121,7 +127,7 @@ class CachedSplit:
         ]
         dealt = np.concatenate([hands[index] for index in rng.permutation(len(hands))])
         batches = [self.samples[dealt[start : start + batch_size]] for start in range(0, len(dealt), batch_size)]
-        batches += batches[: -len(batches) % world_size]
+        batches += islice(cycle(batches), -len(batches) % world_size)
         return batches[rank::world_size]
 
     def in_order(self, batch_size: int) -> list[NDArray[np.int64]]:
@@ -139,13 +145,18 @@ class CachedSplit:
         steps = torch.arange(int(lengths.max()))
         mask = steps < lengths[:, None]
         tokens = self._tokens[(starts[:, None] + steps).clamp(max=len(self._tokens) - 1)] * mask[..., None]
-        bits = np.unpackbits(self._targets[places], axis=1, count=self.target_size[0] * self.target_size[1])
         features, cls = {}, {}
         for layer in self._grids:
             features[layer], cls[layer] = self._read(layer, images)
         inputs = HeadInputs(features, cls, tokens, mask, self._pooled[prompts], torch.from_numpy(image_index))
-        targets = torch.from_numpy(bits).view(-1, *self.target_size).float()
-        return Batch(inputs, targets, samples)
+        return Batch(inputs, self._unpack_targets(places), samples)
+
+    def _unpack_targets(self, places: NDArray[np.int64]) -> Tensor:
+        if self._targets is None or self.target_size is None:
+            return torch.empty(len(places), 0, 0)
+        height, width = self.target_size
+        bits = np.unpackbits(self._targets[places], axis=1, count=height * width)
+        return torch.from_numpy(bits).view(-1, height, width).float()
 
     def _read(self, layer: str, images: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         if layer in self._resident:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from cache_schema.errors import unknown_name
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,18 @@ class FeatureShapes:
     grids: Mapping[str, tuple[int, int, int]]
     token_width: int
     pooled_width: int
+
+    def layers(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        """The named layers, or by default the last that was cached.
+
+        Raises:
+            UsageError: a layer was not cached.
+        """
+        names = tuple(names) if names else (list(self.grids)[-1],)
+        for name in names:
+            if name not in self.grids:
+                raise unknown_name("layer", name, self.grids)
+        return names
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

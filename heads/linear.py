@@ -35,5 +35,5 @@ class LinearHead(Head):
 
 def build_linear(shapes: FeatureShapes, *, layer: str | None = None) -> LinearHead:
     """A linear head on one cached layer, by default the last that was cached."""
-    layer = layer or list(shapes.grids)[-1]
+    (layer,) = shapes.layers([layer] if layer else None)
     return LinearHead(image_width=shapes.grids[layer][2], pooled_width=shapes.pooled_width, layer=layer)

@@ -23,18 +23,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from cache_schema import atomic
-from cache_schema.errors import UsageError
+from cache_schema.errors import UsageError, unknown_name
 from cache_schema.features import FeatureCache
 from cache_schema.fingerprint import fingerprint
 from cache_schema.masks import Size
 from heads.checkpoint import HeadSpec, save_head
 from heads.data import CachedSplit, Residency, feature_shapes, prefetch
 from heads.losses import TERMS, mask_loss, resize_logits
+
+MIXED_PRECISIONS = ("no", "bf16")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,22 @@ class TrainConfig:
     mixed_precision: str = "no"
     train_split: str = "train"
     val_split: str = "val"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "prompts_per_image", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: give a whole number of at least 1.")
+        for name in ("learning_rate", "weight_decay", "warmup", "clip_norm", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}: give a number that is not negative.")
+        if len(self.target_size) != 2 or any(type(side) is not int or side < 1 for side in self.target_size):
+            raise UsageError(f"target_size is {list(self.target_size)}: give a height and a width, such as [96, 96].")
+        if not self.loss or not set(self.loss) <= set(TERMS):
+            raise UsageError(f"loss is {dict(self.loss)}: give a weight for one or more of {', '.join(TERMS)}.")
+        if any(type(weight) not in (int, float) for weight in self.loss.values()):
+            raise UsageError(f"loss is {dict(self.loss)}: weights are numbers.")
+        if self.mixed_precision not in MIXED_PRECISIONS:
+            raise unknown_name("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -111,19 +130,17 @@ def train(
         recorded: what else config.json should say, for whoever evaluates the run or predicts on new images.
 
     Raises:
-        UsageError: the head, its arguments or the loss are unknown, or `run_dir` holds another run.
+        UsageError: the head or its arguments are unknown, `run_dir` holds another run, or the loss is no longer finite.
     """
-    unknown_terms = sorted(set(config.loss) - set(TERMS))
-    if unknown_terms:
-        raise UsageError(f"unknown loss {', '.join(unknown_terms)}; the terms are {', '.join(TERMS)}.")
+    AcceleratorState._reset_state(reset_partial_state=True)  # else a second run could not choose its own precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with="tensorboard", project_dir=str(run_dir / "tensorboard")
     )
     spec = HeadSpec(config.head, config.arguments, feature_shapes(cache))
     torch.manual_seed(config.seed)
     head = spec.build()
-    more = {"encoder_fingerprints": cache.encoder_fingerprints, **(recorded or {})}
-    _claim(run_dir, run_identity(config, cache), more)
+    identity = run_identity(config, cache)
+    _refuse_other_run(run_dir, identity)
     if (run_dir / "training.json").is_file():
         return Training(run_dir, reused=True, **json.loads((run_dir / "training.json").read_bytes()))
 
@@ -139,6 +156,8 @@ def train(
     progress = _Progress()
     if (run_dir / "state.pt").is_file():
         progress = _restore(run_dir / "state.pt", head, optimizer)
+    more = {"encoder_fingerprints": cache.encoder_fingerprints, **(recorded or {})}
+    atomic.write_json(run_dir / "config.json", {**identity, **more})
     accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": progress.step}})
     bar = tqdm(total=num_steps, initial=progress.step, desc=f"training {config.head}", unit="step")
     started = time.perf_counter() - progress.elapsed_s
@@ -152,6 +171,11 @@ def train(
             with accelerator.autocast():
                 outputs = model(batch.inputs.to(accelerator.device))
                 loss = mask_loss(outputs.mask_logits, batch.targets.to(accelerator.device), config.loss)
+            if not torch.isfinite(loss):
+                raise UsageError(
+                    f"the loss of {config.head} is {loss.item()} at step {progress.step + 1}: "
+                    "lower learning_rate, or clip_norm."
+                )
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(head.parameters(), config.clip_norm)
             optimizer.step()
@@ -180,7 +204,7 @@ def train(
             if improved:
                 save_head(run_dir / "best", spec, head)
             save_head(run_dir / "last", spec, head)
-            lines = "".join(json.dumps(line) + "\n" for line in progress.history)
+            lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in progress.history)
             atomic.write_file(run_dir / "metrics.jsonl", lines.encode())
             _save_state(run_dir / "state.pt", progress, head, optimizer)
 
@@ -249,7 +273,8 @@ def validate(model: nn.Module, split: CachedSplit, config: TrainConfig, accelera
 
 def _overlap(predicted: Tensor, truth: Tensor) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """Pixels in both masks and pixels in either, for each of b masks."""
-    return (predicted & truth).flatten(1).sum(1).double(), (predicted | truth).flatten(1).sum(1).double()
+    intersection, union = (both.flatten(1).sum(1).cpu().double() for both in (predicted & truth, predicted | truth))
+    return intersection, union
 
 
 @dataclass
@@ -285,16 +310,13 @@ def _is_exhausted(progress: _Progress, config: TrainConfig) -> bool:
     return since_best >= config.patience
 
 
-def _claim(run_dir: Path, identity: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-    """Write the run's config.json, or make sure that the one that is there describes the same run."""
+def _refuse_other_run(run_dir: Path, identity: Mapping[str, Any]) -> None:
+    """Make sure that a run folder which is there already is this run's."""
     path = run_dir / "config.json"
-    identity = json.loads(json.dumps(identity))
     if path.is_file():
-        found = json.loads(path.read_bytes())
-        if {key: found.get(key) for key in identity} != identity:
+        found, expected = json.loads(path.read_bytes()), json.loads(json.dumps(identity))
+        if {key: found.get(key) for key in expected} != expected:
             raise UsageError(f"{run_dir} holds a run with other settings or stores; name another folder or remove it.")
-        return
-    atomic.write_json(path, {**identity, **more})
 
 
 def _save_state(path: Path, progress: _Progress, head: nn.Module, optimizer: Any) -> None:

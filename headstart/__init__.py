@@ -1,10 +1,9 @@
 """Encode every image and prompt once; train text-prompted segmentation heads on the cached features in minutes.
 
 cache = headstart.open_cache("demo/stores")
-run = headstart.train("cross_attention", cache)
-results = headstart.evaluate(run)
-predictor = headstart.load(run)
-mask = predictor.set_image("photo.jpg").predict("the red circle")[0].mask
+run = headstart.train("cross_attention", cache, "demo/runs")
+results = headstart.evaluate(run, cache)["runs"][0]["metrics"]
+mask = headstart.load(run).set_image("photo.jpg").predict("the red circle")[0].mask
 """
 
 from typing import TYPE_CHECKING, Any

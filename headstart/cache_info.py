@@ -17,7 +17,7 @@ def describe_stores(path: Path) -> list[dict[str, Any]]:
     Raises:
         UsageError: there is no store.
     """
-    paths = [path] if (path / "zarr.json").is_file() else list_stores(path)
+    paths = [path] if path.name.endswith(".zarr") else list_stores(path)
     if not paths:
         raise UsageError(f"{path} holds no store; name the folder that `headstart extract` wrote to.")
     return [describe_store(store) for store in paths]
@@ -25,8 +25,11 @@ def describe_stores(path: Path) -> list[dict[str, Any]]:
 
 def describe_store(path: Path) -> dict[str, Any]:
     """Kind, fingerprint, origin, arrays, size and completeness of one store."""
-    header, layouts = read_header(path)
-    receipts = [Receipt.read(receipt) for receipt in sorted((path / "receipts").glob("*.json"))]
+    try:
+        header, layouts = read_header(path)
+        receipts = [Receipt.read(receipt) for receipt in sorted((path / "receipts").glob("*.json"))]
+    except UsageError as error:
+        return {"path": str(path), "kind": None, "complete": False, "problem": str(error)}
     problem = None
     try:
         open_store(path).close()
@@ -58,6 +61,9 @@ def describe_store(path: Path) -> dict[str, Any]:
 def print_description(description: dict[str, Any]) -> None:
     """The description of one store, for people."""
     print(f"{description['path']}")
+    if description["kind"] is None:
+        print(f"  NOT READABLE: {description['problem']}")
+        return
     print(f"  {description['kind']}, fingerprint {description['fingerprint']}")
     print(f"  {description['num_bytes'] / 1e6:.1f} MB in {description['num_files']} files")
     print(f"  {'complete' if description['complete'] else 'NOT COMPLETE: ' + description['problem']}")

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 done and found wanting, 2 the user's mistake, 3 a fault of
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -17,9 +18,21 @@ from pathlib import Path
 import tyro
 
 from cache_schema.errors import UsageError
-from headstart.commands import CacheInfo, Command, Demo, Evaluate, Extract, Predict, Prepare, Train
+from headstart.commands import CacheInfo, Command, Demo, Evaluate, Extract, Predict, Prepare, Train, Wanting
 
 DONE, WANTING, MISTAKE, FAULT, INTERRUPTED = 0, 1, 2, 3, 130
+
+_USERS_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENOSPC,
+}
+"""What the system answers where a place was named that cannot be read or written."""
 
 DESCRIPTION = """\
 Encode every image and prompt once; train text-prompted segmentation heads on the cached features in minutes.
@@ -67,19 +80,28 @@ def _run(command: Command) -> int:
     except UsageError as mistake:
         print(f"headstart: {mistake}", file=sys.stderr)
         return MISTAKE
-    except KeyboardInterrupt:
-        print("\nheadstart: interrupted; run the same command again to go on.", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:
+        if error.filename is None or error.errno not in _USERS_ERRNOS:
+            return _report_fault()
+        print(f"headstart: {error.filename}: {error.strerror}; name another place, or mend this one.", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("\nheadstart: interrupted; run the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
     except Exception:  # noqa: BLE001  the outermost frame: whatever was not foreseen is ours to mend
-        traceback.print_exc()
-        print("headstart: this is a fault of ours, not yours; please report it with the lines above.", file=sys.stderr)
-        return FAULT
+        return _report_fault()
     if command.json:
         print(json.dumps(result, indent=1, sort_keys=True))
-    return DONE
+    return WANTING if isinstance(result, Wanting) else DONE
+
+
+def _report_fault() -> int:
+    traceback.print_exc()
+    print("headstart: this is a fault of ours, not yours; please report it with the lines above.", file=sys.stderr)
+    return FAULT
 
 
 def _require_own_evaluate() -> None:

@@ -27,6 +27,10 @@ class Command(Protocol):
         ...
 
 
+class Wanting(dict[str, Any]):
+    """A result that is found wanting: printed like any other, and exit code 1."""
+
+
 @dataclass(frozen=True)
 class Demo:
     """Walk the whole road on an embedded dataset: make scenes, cache features, train two heads, evaluate, report.
@@ -184,6 +188,12 @@ class Evaluate:
     """Folder for results.json and report.html; by default the first run's."""
     stores: Path | None = None
     """Folder with one store of each kind, if not the stores the first run was trained on."""
+    samples: Path | None = None
+    """The samples store, where that folder holds several."""
+    images: Path | None = None
+    """The image-feature store, where that folder holds several."""
+    prompts: Path | None = None
+    """The prompt-feature store, where that folder holds several."""
     json: Json = False
 
     def run(self) -> Any:
@@ -191,7 +201,12 @@ class Evaluate:
 
         if not self.runs:
             raise UsageError("there is no run to evaluate; name the run folders that `headstart train` printed.")
-        cache = api.open_cache(self.stores) if self.stores else None
+        named = {"samples": self.samples, "images": self.images, "prompts": self.prompts}
+        if self.stores is None and any(named.values()):
+            raise UsageError(
+                "--samples, --images and --prompts choose among the stores of a folder; name it with --stores."
+            )
+        cache = api.open_cache(self.stores, **named) if self.stores else None
         results = api.evaluate(list(self.runs), cache, split=self.split, out=self.out)
         print(tables.results_table(results))
         print(f"report: {(self.out or self.runs[0]) / 'report.html'}")
@@ -228,7 +243,7 @@ class Predict:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What stores hold, where they come from, how large they are, and whether they are complete.
+    """What stores hold, where they come from, how large they are, and whether they are complete (exit code 1 if not).
 
     Example: headstart cache info demo/stores
     """
@@ -243,4 +258,5 @@ class CacheInfo:
         described = describe_stores(self.path)
         for description in described:
             print_description(description)
-        return {"stores": described}
+        complete = all(description["complete"] for description in described)
+        return {"stores": described} if complete else Wanting(stores=described)

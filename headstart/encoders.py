@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from extract.encoders import IMAGE_ENCODERS, TEXT_ENCODERS, TINY, resolve_encode
 from extract.encoders.image import FINAL_LAYER, VisionTransformerEncoder, load_image_encoder
 from extract.encoders.text import ClipTextEncoder, load_text_encoder
 from extract.encoders.tiny import make_tiny_encoders
-from extract.job import pick_device, portable_source, resolve_source
+from extract.job import move_source, pick_device, resolve_source
 
 UNTRAINED_NOTE = (
     "The encoders are tiny and untrained: random weights from a fixed seed. "
@@ -49,12 +48,12 @@ def record_encoders(cache: FeatureCache, run_dir: Path) -> dict[str, Any]:
     identity = image.header.identity["encoder"]
     return {
         "image": {
-            "source": portable_source(_source(image), run_dir),
+            "source": _source(image, run_dir),
             "layers": identity["layers"],
             "input_size": identity["preprocessing"]["input_size"],
             "dtype": image.header.identity["dtype"],
         },
-        "text": {"source": portable_source(_source(text), run_dir)},
+        "text": {"source": _source(text, run_dir)},
     }
 
 
@@ -85,6 +84,5 @@ def load_recorded_encoders(
     return loaded_image, loaded_text
 
 
-def _source(store: Store) -> str:
-    source = resolve_source(store.header.recorded["encoder"], store.path)
-    return os.path.normpath(source) if Path(source).exists() else source
+def _source(store: Store, run_dir: Path) -> dict[str, str]:
+    return move_source(store.header.recorded["encoder"], store.path, run_dir)

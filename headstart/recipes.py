@@ -76,7 +76,12 @@ def _like(key: str, value: Any, example: Any) -> Any:
     if isinstance(example, float) and type(value) is int:
         value = float(value)
     optional = key == "patience" and value is None
-    if not optional and type(value) is not type(example):
+    fits = type(value) is type(example)
+    if fits and isinstance(example, tuple):
+        fits = len(value) == len(example) and all(type(item) is int for item in value)
+    if fits and isinstance(example, Mapping):
+        fits = all(type(weight) in (int, float) for weight in value.values())
+    if not optional and not fits:
         raise UsageError(f"{key} cannot be {value!r}: give something like {example!r}.")
     return value
 

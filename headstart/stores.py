@@ -56,7 +56,9 @@ def find_samples(path: Path) -> Path:
     Raises:
         UsageError: there is none, or more than one.
     """
-    return path if (path / "zarr.json").is_file() else _only_store(path, "samples", "its own path")
+    return (
+        path if (path / "zarr.json").is_file() else _only_store(path, "samples", "its own path instead of the folder's")
+    )
 
 
 def list_stores(folder: Path) -> list[Path]:
@@ -66,7 +68,9 @@ def list_stores(folder: Path) -> list[Path]:
         UsageError: the folder is missing.
     """
     if not folder.is_dir():
-        raise UsageError(f"no folder at {folder}; name the one that `headstart extract` wrote its stores to.")
+        raise UsageError(
+            f"no folder at {folder}; name one with stores, as `headstart prepare` and `headstart extract` write them."
+        )
     return sorted(path for kind in get_args(StoreKind) for path in folder.glob(f"{kind}-*.zarr"))
 
 
@@ -108,10 +112,8 @@ def _only_store(folder: Path, kind: str, option: str) -> Path:
     found = [path for path in list_stores(folder) if path.name.startswith(kind)]
     if not found:
         job = "prepare" if kind == "samples" else "extract"
-        raise UsageError(
-            f"{folder} holds no store of {kind}; make one with `headstart {job}`, or name it with {option}."
-        )
+        raise UsageError(f"{folder} holds no store of {kind}; make one with `headstart {job}`, or name another folder.")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise UsageError(f"{folder} holds {len(found)} stores of {kind} ({names}); name one with {option}.")
+        raise UsageError(f"{folder} holds {len(found)} stores of {kind} ({names}); name one by {option}.")
     return found[0]

@@ -19,6 +19,8 @@ def results_table(results: Mapping[str, Any]) -> str:
         _line("", COLUMNS),
         *(_line(name, [_number(metrics[column]) for column in COLUMNS]) for name, metrics in rows),
     ]
+    if results["num_left_out"]:
+        lines.append(f"{results['num_left_out']} samples are left out: their images could not be encoded")
     kinds = list(results["runs"][0]["slices"].get("kind", {}))
     if kinds:
         lines += ["", _line("mean_iou by kind", kinds)]

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from tqdm import tqdm
+
 from cache_schema.errors import UsageError
 
 NUM_SHOWN = 10
@@ -90,6 +92,9 @@ class Fields:
         if type(value) is not kind:
             self.fault(f"{key!r} must be {_TYPE_NAMES[kind]}, is {_type_name(value)}")
             return kind()
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            self.fault(f"{key!r} holds half a surrogate pair, which is no text")
+            return kind()
         return value
 
     def each(self, key: str, id_key: str) -> Iterator[Fields]:
@@ -100,7 +105,8 @@ class Fields:
 
 def each_item(items: list[Any], id_key: str, faults: FaultReport, prefix: str = "") -> Iterator[Fields]:
     """The objects of a list, placed as `item 17 (ref_id 203)`: position from 0, and id where the object has one."""
-    for position, item in enumerate(items):
+    shown = tqdm(items, desc=f"checking by {id_key}", unit="item", delay=1, disable=len(items) < 1000)
+    for position, item in enumerate(shown):
         ident = f" ({id_key} {item[id_key]})" if isinstance(item, dict) and id_key in item else ""
         yield Fields(item, f"{prefix}item {position}{ident}", faults)
 

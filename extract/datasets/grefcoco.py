@@ -7,15 +7,17 @@ Knows nothing about stores, encoders or heads.
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cache_schema.errors import UsageError
-from cache_schema.masks import Size, union_of_segmentations
+from cache_schema.masks import Size, merge_counts, union_of_segmentations
 from extract.datasets.faults import FaultReport, Fields, each_item, read_json
 from extract.datasets.records import Dataset, SampleRecord
+from extract.images import MAX_IMAGE_PIXELS
 
 IMAGE_FOLDERS = ("images", "train2014")
 """Where the images are looked for, in this order, when no folder is named."""
@@ -23,8 +25,8 @@ IMAGE_FOLDERS = ("images", "train2014")
 NO_TARGET = -1
 """The annotation id that stands for "nothing in this image"."""
 
+_TAG_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OWN_TAGS = {"targets", "category"}
-_MAX_SIDE_PX = 65_535  # the longest side a JPEG can have
 
 
 def read_grefcoco(
@@ -96,7 +98,7 @@ class _Ref:
 def _samples(refs: Sequence[_Ref]) -> Iterator[SampleRecord]:
     for ref in refs:
         size = ref.image.size
-        target = union_of_segmentations([{"size": size, "counts": counts} for counts in ref.masks], size)
+        target = merge_counts(ref.masks, size)
         for sent_id, prompt in ref.sentences:
             yield SampleRecord(
                 id=f"{ref.id}:{sent_id}",
@@ -139,7 +141,7 @@ def _parse_images(content: Fields, image_dir: Path) -> dict[int, _Image]:
         size = (item.take("height", int), item.take("width", int))
         if not item.sound:
             continue
-        if not all(0 < side <= _MAX_SIDE_PX for side in size):
+        if min(size) < 1 or size[0] * size[1] > MAX_IMAGE_PIXELS:
             item.fault(f"a size of {size[0]} x {size[1]} pixels (height x width) is not an image's")
         if image_id in images:
             item.fault("another image has this id")
@@ -220,6 +222,8 @@ def _parse_tags(item: Fields) -> dict[str, str]:
     tags = item.take("tags", dict) if item.holds("tags") else {}
     if any(type(value) is not str for value in tags.values()):
         item.fault("'tags' must map texts to texts")
+    if bad := sorted(name for name in tags if not _TAG_NAME.fullmatch(name)):
+        item.fault(f"{bad[0]!r} is no name for a tag: use up to 64 letters, digits, '_' and '-'")
     if clash := sorted(tags.keys() & _OWN_TAGS):
         item.fault(f"'tags' must not set {', '.join(clash)}, which follows from 'ann_id'")
     return tags

@@ -169,7 +169,7 @@ def _clear(out: Path) -> None:
     for name in (_REFS, _INSTANCES):
         if (out / name).exists() and not (out / MARKER).exists() and ours not in _head(out / _INSTANCES):
             raise UsageError(f"{out} holds a {name} that is another dataset's. Name another folder.")
-    stale_images = (out / _IMAGE_FOLDER).glob("scene_*.jpg")
+    stale_images = (out / _IMAGE_FOLDER).glob("scene_" + "[0-9]" * 6 + ".jpg")
     for path in (out / MARKER, out / _REFS, out / _INSTANCES, *stale_images):
         path.unlink(missing_ok=True)
 

@@ -58,7 +58,9 @@ class VisionTransformerEncoder:
         device: str = "cpu",
     ) -> None:
         patch = model.config.patch_size
-        if any(side % patch for side in preprocessing.input_size):
+        if not layers:
+            raise UsageError("no layer is asked for; name at least one, such as last.")
+        if any(side % patch or side < patch for side in preprocessing.input_size):
             height, width = preprocessing.input_size
             raise UsageError(f"input size {height} x {width} is no multiple of {name}'s patch of {patch} pixels.")
         known = [FINAL_LAYER, *map(str, range(model.config.num_hidden_layers + 1))]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cache_schema.errors import StoreMismatchError, UsageError
-from cache_schema.features import FeatureCache, find_store, open_cache
+from cache_schema.features import FeatureCache, open_cache
 from cache_schema.fingerprint import fingerprint
 from cache_schema.layout import ArrayLayout
 from cache_schema.masks import empty_mask
@@ -158,8 +158,8 @@ def test_a_part_of_a_real_dataset_is_joined_with_the_features_of_the_whole(
 @pytest.mark.parametrize(
     ("images", "prompts", "complaint"),
     [
-        (["a", "x", "y"], PROMPTS, r"2 of 3 times an image of samples-.* has no features in image_.*\(first: 'x'\)"),
-        (IMAGES, ["one", "none"], r"1 of 2 times an? prompt of samples-.* has no features in prompt_.*'none'\)"),
+        (["a", "x", "y"], PROMPTS, r"2 of 3 images of samples-.* have no features in image_.*\(first: 'x'\)"),
+        (IMAGES, ["one", "none"], r"1 of 2 prompts of samples-.* have no features in prompt_.*'none'\)"),
         (IMAGES, ["One"], "'One'"),
     ],
 )
@@ -176,7 +176,7 @@ def test_what_has_no_features_is_counted_and_the_first_is_named(
 
 def test_features_of_an_image_that_had_other_bytes_do_not_fit(tmp_path: Path) -> None:
     samples = write_task(tmp_path, ["a", "b"], PROMPTS, digests=[sha256_of("a"), sha256_of("b, edited")])
-    with pytest.raises(StoreMismatchError, match=r"1 of 2 times an image .*\(first: 'b'\)"):
+    with pytest.raises(StoreMismatchError, match=r"1 of 2 images .*\(first: 'b'\)"):
         open_cache(samples, write_images(tmp_path, IMAGES), write_prompts(tmp_path, PROMPTS))
 
 
@@ -217,17 +217,6 @@ def test_fingerprints_tell_the_stores_and_the_encoders(tmp_path: Path, feature_c
     assert more.encoder_fingerprints == cache.encoder_fingerprints
     assert more.fingerprints != cache.fingerprints
     assert not set(feature_cache.encoder_fingerprints.values()) & set(cache.encoder_fingerprints.values())
-
-
-def test_the_only_store_of_a_kind_is_found(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no store of image_features; name the one you mean"):
-        find_store(tmp_path, "image_features")
-    images = write_images(tmp_path, IMAGES)
-    write_prompts(tmp_path, PROMPTS)
-    assert find_store(tmp_path, "image_features") == images
-    write_images(tmp_path, IMAGES[:2])
-    with pytest.raises(UsageError, match="holds more than one store of image_features"):
-        find_store(tmp_path, "image_features")
 
 
 def test_real_stores_hold_no_absolute_path(feature_cache: FeatureCache, workspace: Path) -> None:

@@ -325,7 +325,7 @@ def test_a_row_that_is_not_there_is_an_index_error(reader: ArrayReader, rows: li
     ],
 )
 def test_a_buffer_that_does_not_fit_is_refused(reader: ArrayReader, out: NDArray[Any]) -> None:
-    with pytest.raises(ValueError, match=r"values: `out` must be C-contiguous float32 \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"values: `out` must be writable, C-contiguous float32 \(2, 3\)"):
         reader.read([0, 1], out=out)
 
 
@@ -350,7 +350,7 @@ def assert_refused(store: Path, layout: ArrayLayout, complaint: str = "", shard:
     with pytest.raises(DamagedStoreError, match=complaint) as caught:
         ArrayReader(store, layout).read()
     assert str(store / key) in str(caught.value)
-    assert "remove the file and run the same" in str(caught.value)
+    assert "remove the file and run the command" in str(caught.value)
 
 
 def test_every_single_bit_of_a_shard_is_guarded(store: Path) -> None:

@@ -310,7 +310,7 @@ def test_a_store_of_another_kind_is_refused(store: Path) -> None:
 )
 def test_an_edited_identity_does_not_match_its_fingerprint(store: Path, change: Callable[[Any], object]) -> None:
     edit_json(store / "zarr.json", lambda root: change(root["attributes"]["headstart"]))
-    with pytest.raises(DamagedStoreError, match=r"does not match the fingerprint it carries; extract the store again"):
+    with pytest.raises(DamagedStoreError, match=r"does not match the fingerprint it carries; make the store again"):
         open_store(store)
 
 
@@ -328,7 +328,7 @@ def test_an_edited_identity_does_not_match_its_fingerprint(store: Path, change: 
 )
 def test_metadata_that_lost_a_part_is_damage(store: Path, change: Callable[[Any], object]) -> None:
     edit_json(store / "zarr.json", change)
-    with pytest.raises(DamagedStoreError, match=r"zarr\.json is damaged \(.*\); extract the store again"):
+    with pytest.raises(DamagedStoreError, match=r"zarr\.json is damaged \(.*\); make the store again"):
         open_store(store)
 
 
@@ -340,7 +340,9 @@ def test_an_edited_shape_is_damage(store: Path) -> None:
 
 def test_a_store_without_a_manifest_is_incomplete(store: Path) -> None:
     (store / "manifest.json").unlink()
-    with pytest.raises(UsageError, match=r"is incomplete: its job has not finished\. Run the same command again"):
+    with pytest.raises(
+        UsageError, match=r"is incomplete: its job has not finished\. Run the `headstart extract` that made it again"
+    ):
         open_store(store)
     assert not is_complete(store)
 
@@ -358,7 +360,9 @@ def test_a_manifest_that_contradicts_its_receipts_is_damage(store: Path, field: 
         store / "manifest.json",
         lambda manifest: manifest.update({field: "0" * 64 if isinstance(manifest[field], str) else 99}),
     )
-    with pytest.raises(DamagedStoreError, match="the manifest and the receipts differ; run the same command again"):
+    with pytest.raises(
+        DamagedStoreError, match=r"the manifest and the receipts differ\. Run the `headstart extract` that made it"
+    ):
         open_store(store)
 
 
@@ -390,7 +394,9 @@ def test_a_file_that_is_missing_or_has_another_size_is_damage(
     store: Path, key: str, harm: Callable[[Path], object]
 ) -> None:
     harm(store / key)
-    with pytest.raises(DamagedStoreError, match="is missing or has another size; run the same command again to mend"):
+    with pytest.raises(
+        DamagedStoreError, match=r"is missing or has another size\. Run the `headstart extract` that made it again"
+    ):
         open_store(store)
 
 

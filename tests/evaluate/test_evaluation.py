@@ -69,7 +69,7 @@ def test_a_run_is_not_scored_on_features_of_another_encoder(
 
 
 def test_a_folder_that_is_no_run_is_refused(feature_cache: FeatureCache, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no head at"):
+    with pytest.raises(UsageError, match="is not trained to its end"):
         evaluate_run(tmp_path, feature_cache, "val")
 
 

@@ -36,7 +36,7 @@ from extract.encoders.text import TEXT_MODELS, load_text_encoder
 from extract.encoders.tiny import TinyEncoders
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-PROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+PROCESSOR: dict[str, Any] = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES, patch_size=14, image_size=56)),
     "dinov2_with_registers": lambda: Dinov2WithRegistersModel(
@@ -188,11 +188,29 @@ def test_the_checkpoints_own_size_and_normalisation_are_used(checkpoints: dict[s
     assert encoder.grids == {"last": (4, 4, 32)}
 
 
-def test_the_checkpoints_own_resampling_is_used(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    checkpoint = copy_of(checkpoints["dinov3_vit"], tmp_path)
-    (checkpoint / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, "resample": 2}))
+@pytest.mark.parametrize(
+    ("family", "said", "resample"),
+    [
+        ("dinov2", {}, "bicubic"),
+        ("dinov3_vit", {}, "bilinear"),
+        ("dinov2", {"resample": 2}, "bilinear"),
+        ("dinov3_vit", {"resample": 3}, "bicubic"),
+    ],
+)
+def test_the_checkpoints_own_resampling_is_used_or_that_of_its_family(
+    checkpoints: dict[str, Path], tmp_path: Path, family: str, said: dict[str, int], resample: str
+) -> None:
+    checkpoint = copy_of(checkpoints[family], tmp_path)
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | said))
     identity = load_image_encoder(str(checkpoint)).identity
-    assert identity["preprocessing"]["resample"] == "bilinear"
+    assert identity["preprocessing"]["resample"] == resample
+
+
+def test_a_resampling_that_is_not_known_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = copy_of(checkpoints["dinov2"], tmp_path)
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {"resample": 0}))
+    with pytest.raises(UsageError, match=r"resamples by Pillow's filter 0; known are \[2, 3\]"):
+        load_image_encoder(str(checkpoint))
 
 
 def test_encoders_are_frozen_and_deterministic(checkpoints: dict[str, Path]) -> None:

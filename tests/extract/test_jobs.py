@@ -318,7 +318,7 @@ def test_the_remedy_that_a_damaged_shard_is_named_with_works(config: ImageJobCon
     first = extract_images(config, ToyImageEncoder())
     digest = digest_of(first)
     HARMS["byte flipped"](first.path)
-    with pytest.raises(DamagedStoreError, match="remove the file and run the same") as caught:
+    with pytest.raises(DamagedStoreError, match="remove the file and run the command") as caught:
         open_store(first.path).read("cls/fine")
     Path(str(caught.value).split(": ")[0]).unlink()
     assert digest_of(extract_images(config, ToyImageEncoder())) == digest
@@ -360,23 +360,18 @@ def test_images_that_were_moved_are_found_where_they_are_said_to_be(config: Imag
 
 
 def failing_task(folder: Path) -> Path:
-    """Ten images, of which 1 is cut short, 2 empty, 4 of another size, 6 changed, 7 gone and 9 a text file."""
+    """Ten images, of which 1 is cut short, 2 empty, 4 of another size, and 9 a text file."""
     sizes = sizes_of(NUM_IMAGES)
     files = [noise_png(number, *size) for number, size in enumerate(sizes)]
     files[1], files[2], files[9] = files[1][: len(files[1]) // 2], b"", b"hello"
     sizes[4] = (sizes[4][1], sizes[4][0])
-    samples = write_task(folder, files, sizes=sizes)
-    (folder / "images" / "6.img").write_bytes(noise_png(66, *sizes[6]))
-    (folder / "images" / "7.img").unlink()
-    return samples
+    return write_task(folder, files, sizes=sizes)
 
 
 FAILURES = {
     1: "cannot be decoded",
     2: "the file is empty",
     4: "it is 12 x 16 pixels where its annotations say 16 x 12",
-    6: "the file changed after the samples store was written",
-    7: "the file cannot be read (No such file or directory)",
     9: "not an image file",
 }
 
@@ -394,7 +389,7 @@ def test_images_that_cannot_be_encoded_are_in_the_ledger_and_the_rest_is_done(
         assert reason in failures[row].reason
         assert failures[row].id == f"image {row}"
     assert extraction.num_failed == store.manifest.num_failures == len(FAILURES)
-    assert extraction.summary("images").endswith(f"; 6 failed, see {extraction.path}/ledger.jsonl")
+    assert extraction.summary("images").endswith(f"; 4 failed, see {extraction.path}/ledger.jsonl")
     assert store.read("valid").tolist() == [row not in FAILURES for row in range(NUM_IMAGES)]
     assert sum(encoder.encoded) == NUM_IMAGES - len(FAILURES)
     for row in range(NUM_IMAGES):
@@ -404,6 +399,28 @@ def test_images_that_cannot_be_encoded_are_in_the_ledger_and_the_rest_is_done(
         else:
             encoding = expected_encoding(config.samples, encoder, row)
             np.testing.assert_array_equal(stored, encoding.features["fine"][0].numpy().astype(np.float16))
+
+
+@pytest.mark.parametrize("harm", ["gone", "changed"])
+def test_a_file_that_is_gone_or_changed_stops_the_job_until_it_is_back(
+    config: ImageJobConfig, tmp_path: Path, harm: str
+) -> None:
+    sizes = sizes_of(NUM_IMAGES)
+    files = [noise_png(number, *size) for number, size in enumerate(sizes)]
+    config = replace(config, samples=write_task(tmp_path / "task", files, sizes=sizes))
+    path = tmp_path / "task" / "images" / "7.img"
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(noise_png(66, *sizes[7]))
+    reason = "cannot be read" if harm == "gone" else "changed after the samples store was written"
+    with pytest.raises(UsageError, match=rf"1 images of .* cannot be had, '7.img' first: the file {reason}"):
+        extract_images(config, ToyImageEncoder())
+    path.write_bytes(files[7])
+    extraction = extract_images(config, ToyImageEncoder())
+    assert extraction.num_reused > 0
+    assert extraction.num_failed == 0
+    assert open_store(extraction.path).read("valid").all()
 
 
 def test_a_job_with_failures_is_finished_all_the_same(config: ImageJobConfig, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_run_folder_of_other_settings_is_not_overwritten(
 
 
 def test_an_unknown_loss_is_named(feature_cache: FeatureCache, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="unknown loss hinge; the terms are bce, dice, focal"):
+    with pytest.raises(UsageError, match="give a weight for one or more of bce, dice, focal"):
         train(dataclasses.replace(SMALL, loss={"hinge": 1.0}), feature_cache, tmp_path / "run")
 
 

@@ -175,7 +175,7 @@ def test_cache_info_says_what_an_unfinished_store_lacks(
     store = tmp_path / feature_cache.images.store.path.name
     shutil.copytree(feature_cache.images.store.path, store)
     (store / "manifest.json").unlink()
-    assert cli.run(["cache", "info", str(store), "--json"]) == cli.DONE
+    assert cli.run(["cache", "info", str(store), "--json"]) == cli.WANTING
     (described,) = json.loads(capsys.readouterr().out)["stores"]
     assert not described["complete"]
     assert "has not finished" in described["problem"]
