@@ -18,6 +18,13 @@ class DamagedStoreError(UsageError):
     """A store holds bytes that are not the ones that were written, or lacks some."""
 
 
+def require_at_least(config: object, least: int, *names: str) -> None:
+    """Raise a UsageError for the first of a config's whole-number fields that is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise UsageError(f"{name} is {getattr(config, name)}: give a whole number of at least {least}.")
+
+
 def unknown_name(noun: str, name: str, known: Iterable[str]) -> UsageError:
     """Say that `name` is not one of `known`, with the nearest known name where there is one.
 

@@ -55,9 +55,7 @@ def union_of_segmentations(segmentations: Sequence[Any], size: Size) -> bytes:
             parts.extend(coco_mask.frPyObjects(_parse_polygons(segmentation, size), *size))
         else:
             raise ValueError("a segmentation is a list of polygons or run lengths with 'size' and 'counts'")
-    if not parts:
-        return empty_mask(size)
-    return bytes(coco_mask.merge(parts, intersect=False)["counts"])
+    return merge_counts([part["counts"] for part in parts], size)
 
 
 def merge_counts(parts: Sequence[bytes], size: Size) -> bytes:

@@ -38,6 +38,7 @@ from heads.checkpoint import load_head
 from heads.data import CachedSplit, prefetch
 from heads.inputs import Head
 from heads.losses import resize_logits
+from heads.train import read_run_config
 
 BATCH_SIZE = 64
 _EXAMPLES_OF_GROUP = 4
@@ -137,7 +138,7 @@ def evaluate_runs(
     atomic.write_json(out / "results.json", results)
     write_report(out / "report.html", results, reports, notes, title)
     for entry, evaluation in zip(results["runs"], evaluations, strict=True):
-        own_stores = _read_config(evaluation.run_dir)["stores"]
+        own_stores = read_run_config(evaluation.run_dir)["stores"]
         if own_stores == cache.fingerprints and evaluation.run_dir.resolve() != out.resolve():
             atomic.write_json(evaluation.run_dir / "results.json", {**results, "runs": [entry]})
     return results
@@ -198,23 +199,13 @@ def predict_masks(
 
 def _check_same_encoders(run_dir: Path, cache: FeatureCache) -> None:
     """Features of other encoders have other meanings, even where their shapes agree."""
-    trained_on = _read_config(run_dir)["encoder_fingerprints"]
+    trained_on = read_run_config(run_dir)["encoder_fingerprints"]
     if trained_on != cache.encoder_fingerprints:
         sides = [side for side, digest in cache.encoder_fingerprints.items() if trained_on.get(side) != digest]
         raise StoreMismatchError(
             f"{run_dir} was trained on features of another {' and '.join(sides)} encoder than this cache holds. "
             "Name the stores it was trained on, or train on these."
         )
-
-
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((run_dir / "config.json").read_bytes())
-        if not {"encoder_fingerprints", "stores"} <= config.keys():
-            raise ValueError("it does not say what was trained")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{run_dir} is not a run folder: its config.json cannot be read ({error}).") from error
-    return config
 
 
 def _read_history(run_dir: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache_schema.errors import UsageError
+from cache_schema.errors import UsageError, require_at_least
 from cache_schema.fingerprint import digest_strings
 from cache_schema.layout import ArrayLayout
 from cache_schema.receipts import Failure
@@ -21,7 +21,7 @@ from cache_schema.samples import ImageTable, SamplesStore, digest_array, open_sa
 from cache_schema.store import StaticArray, StoreHeader, StoreWriter, is_complete
 from extract.encoders.protocols import ImageEncoder
 from extract.images import UndecodableImageError, UnreadableFileError, decode_image, read_bytes
-from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, require_positive, run_job
+from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, run_job
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ImageJobConfig:
     decode_threads: int = 2
 
     def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "shard_rows", "decode_threads")
+        require_at_least(self, 1, "batch_size", "shard_rows", "decode_threads")
 
 
 def extract_images(config: ImageJobConfig, encoder: ImageEncoder) -> Extraction:

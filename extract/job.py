@@ -146,13 +146,6 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """Raise a UsageError for the first of these fields that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UsageError(f"{name} is {getattr(config, name)}: give a whole number of at least 1.")
-
-
 def pick_device(name: str = "auto") -> str:
     """`"auto"` is the first accelerator there is, or the CPU; anything else is taken by name.
 

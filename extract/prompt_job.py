@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.errors import UsageError
+from cache_schema.errors import UsageError, require_at_least
 from cache_schema.fingerprint import digest_strings
 from cache_schema.layout import ArrayLayout
 from cache_schema.ragged import Offsets, offsets_of
 from cache_schema.samples import open_samples, string_arrays
 from cache_schema.store import StaticArray, StoreHeader, StoreWriter
 from extract.encoders.protocols import TextEncoder
-from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, require_positive, run_job
+from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, run_job
 
 TOKENS_PER_CHUNK = 32
 
@@ -40,7 +40,7 @@ class PromptJobConfig:
     shard_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "unit_prompts", "shard_tokens")
+        require_at_least(self, 1, "batch_size", "unit_prompts", "shard_tokens")
         if self.shard_tokens % TOKENS_PER_CHUNK:
             raise UsageError(f"shard_tokens is {self.shard_tokens}: give a multiple of {TOKENS_PER_CHUNK}.")
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cache_schema import atomic
-from cache_schema.errors import UsageError, unknown_name
+from cache_schema.errors import UsageError, require_at_least, unknown_name
 from cache_schema.features import FeatureCache
 from cache_schema.fingerprint import fingerprint
 from cache_schema.masks import Size
@@ -74,9 +74,7 @@ class TrainConfig:
     val_split: str = "val"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "prompts_per_image", "checkpoint_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: give a whole number of at least 1.")
+        require_at_least(self, 1, "epochs", "batch_size", "prompts_per_image", "checkpoint_steps")
         for name in ("learning_rate", "weight_decay", "warmup", "clip_norm", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}: give a number that is not negative.")
@@ -308,6 +306,24 @@ def _is_exhausted(progress: _Progress, config: TrainConfig) -> bool:
         return False
     since_best = len(progress.history) - 1 - progress.history.index(progress.best)
     return since_best >= config.patience
+
+
+def read_run_config(run_dir: Path, *needed: str) -> dict[str, Any]:
+    """A run's config.json, which must hold the keys `needed` beside those every run records.
+
+    Raises:
+        UsageError: the folder is no run folder.
+    """
+    try:
+        config: dict[str, Any] = json.loads((run_dir / "config.json").read_bytes())
+        if not {"config", "stores", "encoder_fingerprints", *needed} <= config.keys():
+            raise ValueError("it lacks what a run of `headstart train` records")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{run_dir} is not a run folder: its config.json cannot be read ({error}). "
+            "Name what `headstart train` printed."
+        ) from error
+    return config
 
 
 def _refuse_other_run(run_dir: Path, identity: Mapping[str, Any]) -> None:

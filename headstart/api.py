@@ -15,11 +15,11 @@ from evaluate.predictor import Predictor
 from extract.job import pick_device
 from heads.checkpoint import load_head
 from heads.data import Residency
-from heads.train import TrainConfig, Training, run_name
+from heads.train import TrainConfig, Training, read_run_config, run_name
 from heads.train import train as train_head
 from headstart.encoders import UNTRAINED_NOTE, load_recorded_encoders, record_encoders
 from headstart.recipes import make_config
-from headstart.stores import StorePaths, find_stores, read_run_config, record_stores, stores_of_run
+from headstart.stores import StorePaths, find_stores, record_stores, stores_of_run
 
 RunLike = Training | Path | str
 
@@ -112,7 +112,7 @@ def load(run: RunLike, *, checkpoint: str = "best", device: str = "auto") -> Pre
         StoreMismatchError: the encoders are not those the run was trained on.
     """
     run_dir = _run_dir(run)
-    config = read_run_config(run_dir)
+    config = read_run_config(run_dir, "encoders")
     _, head = load_head(run_dir / checkpoint)
     image_encoder, text_encoder = load_recorded_encoders(run_dir, config, device)
     dtype = getattr(torch, config["encoders"]["image"]["dtype"])

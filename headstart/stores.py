@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache, open_cache
 from cache_schema.store import StoreKind
+from heads.train import read_run_config
 
 
 @dataclass(frozen=True)
@@ -86,26 +86,8 @@ def stores_of_run(run_dir: Path) -> StorePaths:
     Raises:
         UsageError: the folder is no run folder.
     """
-    recorded = read_run_config(run_dir)["store_paths"]
+    recorded = read_run_config(run_dir, "store_paths")["store_paths"]
     return StorePaths(**{name: Path(os.path.normpath(run_dir / path)) for name, path in recorded.items()})
-
-
-def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """A run's config.json.
-
-    Raises:
-        UsageError: the folder is no run folder.
-    """
-    path = run_dir / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{run_dir} is not a run folder: it has no config.json. Name what `headstart train` printed.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        if not {"config", "stores", "encoders", "store_paths"} <= config.keys():
-            raise ValueError("it lacks what a run of `headstart train` records")
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read ({error}); name another run or train it again.") from error
-    return config
 
 
 def _only_store(folder: Path, kind: str, option: str) -> Path:

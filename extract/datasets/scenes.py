@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cache_schema import atomic
-from cache_schema.errors import UsageError
+from cache_schema.errors import UsageError, require_at_least
 from cache_schema.fingerprint import digest_file
 from cache_schema.masks import encode_mask
 from extract.datasets.grefcoco import NO_TARGET, read_grefcoco
@@ -48,9 +48,8 @@ class ScenesConfig:
     prompts_per_image: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("num_images", 1), ("seed", 0), ("prompts_per_image", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}: give a whole number of at least {least}.")
+        require_at_least(self, 1, "num_images", "prompts_per_image")
+        require_at_least(self, 0, "seed")
 
 
 def make_scenes(config: ScenesConfig) -> Path:

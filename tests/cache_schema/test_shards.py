@@ -129,26 +129,31 @@ def test_zarr_python_and_tensorstore_read_what_we_write(layout: ArrayLayout, see
         assert opened.domain.labels == layout.axes
 
 
+def create_with_zarr_python(folder: Path, layout: ArrayLayout) -> zarr.Array[Any]:
+    """The array of a layout, made by zarr-python out of the same codecs."""
+    return zarr.create_array(
+        folder,
+        name=layout.name,
+        shape=layout.shape,
+        chunks=(layout.chunk_rows, *layout.shape[1:]),
+        shards=(layout.shard_rows, *layout.shape[1:]),
+        dtype=layout.dtype,
+        filters=(),
+        serializer=BytesCodec(),
+        compressors=(Crc32cCodec(),),
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=layout.axes,
+        config={"write_empty_chunks": True},
+    )
+
+
 @settings(deadline=None, max_examples=40)
 @given(layouts().filter(lambda layout: math.prod(layout.shape) > 0), st.integers(0, 99))
 def test_we_read_what_zarr_python_writes_with_the_same_codecs(layout: ArrayLayout, seed: int) -> None:
     values = values_of(layout, seed)
     with TemporaryDirectory() as folder:
-        array = zarr.create_array(
-            Path(folder),
-            name=layout.name,
-            shape=layout.shape,
-            chunks=(layout.chunk_rows, *layout.shape[1:]),
-            shards=(layout.shard_rows, *layout.shape[1:]),
-            dtype=layout.dtype,
-            filters=(),
-            serializer=BytesCodec(),
-            compressors=(Crc32cCodec(),),
-            fill_value=0,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=layout.axes,
-            config={"write_empty_chunks": True},
-        )
+        array = create_with_zarr_python(Path(folder), layout)
         array[...] = values
         assert_same_bits(ArrayReader(Path(folder), layout).read(), values)
 
@@ -156,20 +161,7 @@ def test_we_read_what_zarr_python_writes_with_the_same_codecs(layout: ArrayLayou
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_metadata_is_zarr_pythons_own(tmp_path: Path, dtype: str) -> None:
     layout = layout_of((7, 2, 3), dtype, chunk_rows=2, chunks_per_shard=3)
-    zarr.create_array(
-        tmp_path,
-        name="values",
-        shape=layout.shape,
-        chunks=(2, 2, 3),
-        shards=(6, 2, 3),
-        dtype=dtype,
-        filters=(),
-        serializer=BytesCodec(),
-        compressors=(Crc32cCodec(),),
-        fill_value=0,
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=layout.axes,
-    )
+    create_with_zarr_python(tmp_path, layout)
     theirs = json.loads((tmp_path / "values" / "zarr.json").read_bytes())
     ours = layout.to_metadata()
     if layout.dtype.itemsize == 1:  # bytes have no order, which we name all the same

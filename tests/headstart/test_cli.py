@@ -198,4 +198,4 @@ def test_every_recipe_builds_its_head() -> None:
 
     shapes = FeatureShapes({"last": (4, 4, 16)}, token_width=12, pooled_width=12)
     for config in RECIPES.values():
-        build_head(config.head, shapes, config.arguments)
+        assert build_head(config.head, shapes, config.arguments).layers == ("last",)
