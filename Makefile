@@ -1,10 +1,11 @@
-# The doors for people: make demo, make test.
+# The doors for people: make demo, make test, make bench.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 OUT ?= demo
+BENCH_PYTHON := build/bench/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(STAMP)
 	$(VENV)/bin/headstart demo --out "$(OUT)"
@@ -15,6 +16,15 @@ test: $(STAMP)
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 	$(PYTHON) -m pytest -n 2
+
+# The peers get an environment of their own: two of them do not get on with headstart's dependencies.
+bench:
+	test -x $(BENCH_PYTHON) || python3 -m venv build/bench
+	$(BENCH_PYTHON) -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BENCH_PYTHON) -m pip install --quiet --no-deps --requirement benchmarks/no_deps.txt
+	$(BENCH_PYTHON) -m benchmarks.reader --cold --json build/reader.json
+	$(BENCH_PYTHON) -m benchmarks.loader --json build/loader.json
+	$(BENCH_PYTHON) -m benchmarks.int8 --demo build/demo --json build/int8.json
 
 # The stamp is written last, so an installation that was cut short starts again.
 $(STAMP): pyproject.toml constraints.txt

@@ -1,17 +1,52 @@
-"""Files that are there whole or not at all: temporary name, write, fsync, rename, fsync of the folder."""
+"""Files that are there whole or not at all: temporary name, write, fsync, rename, fsync of the folder.
+
+A path is a `pathlib.Path`, or a `upath.UPath` for what fsspec reaches (s3:// and friends). An object store publishes
+an object whole or not at all by itself, so a remote file is written once, under its own name.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
+from cache_schema.errors import NoRoomError, UsageError
+
+StorePath = Path | UPath
+"""Where a store lies. A `Path` can be opened, renamed and fsynced by the operating system; a `UPath` is remote."""
+
 TEMPORARY_SUFFIX = ".tmp"
 """Ends the name of a file or folder in the making. One that stays behind after a kill holds nothing of value."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def parse_path(text: StorePath | str) -> StorePath:
+    """A path of this machine, or with a scheme such as s3:// a remote one.
+
+    Raises:
+        UsageError: the scheme is unknown, or the library that speaks it is not installed.
+    """
+    if not isinstance(text, str):
+        return text
+    if "://" not in text:
+        return Path(text)
+    try:
+        path = UPath(text, use_listings_cache=False)  # others may write there too
+        path.fs  # noqa: B018  imports the library that speaks the scheme
+    except ImportError as error:
+        raise UsageError(f"{text} cannot be reached: {error}. For s3:// install headstart[s3].") from error
+    except ValueError as error:
+        raise UsageError(f"{text} cannot be reached: {error}.") from error
+    return path
 
 
 def temporary_name(path: Path) -> Path:
@@ -19,17 +54,29 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
 
 
-def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Publish `data` at `path`: whoever opens `path` sees all of it, or what was there before, also after a crash."""
+def write_file(path: StorePath, data: bytes | bytearray | memoryview) -> None:
+    """Publish `data` at `path`: whoever opens `path` sees all of it, or what was there before, also after a crash.
+
+    Raises:
+        NoRoomError: the disk is full, or the user's quota is; nothing half written was published.
+    """
+    if not isinstance(path, Path):
+        path.write_bytes(bytes(data))
+        return
     with staged(path) as temporary, temporary.open("xb", buffering=0) as file:
         view = memoryview(data).cast("B")
         while view:
             view = view[file.write(view) :]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Publish `value` as indented JSON with sorted keys."""
-    write_file(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode())
+def write_json(path: StorePath, value: Any) -> None:
+    """Publish `value` as `json_bytes` spells it."""
+    write_file(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented UTF-8 JSON with sorted keys and no NaN."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 @contextlib.contextmanager
@@ -38,22 +85,30 @@ def staged(path: Path) -> Iterator[Path]:
 
     The folder of `path` is made if it is missing. A folder cannot replace a folder that is not empty: whoever
     publishes first wins, and the loser's `OSError` is raised.
+
+    Raises:
+        NoRoomError: the disk is full, or the user's quota is; nothing half written was published.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         fsync_tree(temporary)
         temporary.replace(path)
-    except BaseException:
+        _fsync(path.parent)
+    except BaseException as error:
         remove(temporary)
+        if _is_lack_of_room(error):
+            raise _no_room(path) from error
         raise
-    _fsync(path.parent)
 
 
-def remove(path: Path) -> None:
+def remove(path: StorePath) -> None:
     """Remove a file, a link, or a folder with all it holds, if it is there."""
-    if path.is_dir() and not path.is_symlink():
+    if not isinstance(path, Path):
+        if path.fs.exists(path.path):
+            path.fs.rm(path.path, recursive=True)
+    elif path.is_dir() and not path.is_symlink():
         for child in path.iterdir():
             remove(child)
         path.rmdir()
@@ -75,3 +130,17 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_lack_of_room(error: BaseException) -> bool:
+    """Some libraries that write for themselves say so in words alone."""
+    return getattr(error, "errno", None) in _NO_ROOM or any(os.strerror(number) in str(error) for number in _NO_ROOM)
+
+
+def _no_room(path: Path) -> NoRoomError:
+    folder = next(parent for parent in path.parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    return NoRoomError(
+        f"there is no room for {path}: {free / 1e6:.1f} MB are free where it lies and no half of it was kept; make "
+        "room and run the same command again to go on."
+    )

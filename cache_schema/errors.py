@@ -18,6 +18,10 @@ class DamagedStoreError(UsageError):
     """A store holds bytes that are not the ones that were written, or lacks some."""
 
 
+class NoRoomError(UsageError):
+    """The disk is full. What was published before stays, and the same command goes on from there."""
+
+
 def require_at_least(config: object, least: int, *names: str) -> None:
     """Raise a UsageError for the first of a config's whole-number fields that is below `least`."""
     for name in names:

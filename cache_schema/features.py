@@ -1,14 +1,16 @@
 """The two feature stores, and the cache that joins them to a samples store.
 
-Image features, for N rows (a row is a view of an image; one view is the whole image):
+Image features, for N rows. A row is a view of an image (views.py); with K views, rows K * i to K * i + K - 1 are those
+of image i, the whole image first:
 
     features/<layer>          (N, gh, gw, D), a chunk holds one row
+    scale/<layer>             (N, gh, gw) float16, where features are int8: what a token's channels are multiplied by
     cls/<layer>               (N, D)
     valid                     (N,) bool; False where the image could not be encoded (see the ledger)
     image/id                  ragged UTF-8 strings
     image/sha256              (N, 32) uint8
     original_size             (N, 2) int32, (H, W)
-    view                      (N, 5) int32, crop box XYXY in pixels of the original, and 1 where it is mirrored
+    view                      (N, 5) int32, box XYXY in pixels of the original, and 1 where it is mirrored
 
 Prompt features, for M prompts of L tokens in all:
 
@@ -30,11 +32,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_schema.atomic import StorePath
 from cache_schema.errors import StoreMismatchError
 from cache_schema.fingerprint import fingerprint
+from cache_schema.reader import RowReader
 from cache_schema.samples import SamplesStore, open_samples, read_strings
-from cache_schema.shards import ArrayReader
 from cache_schema.store import Store, open_store
+from cache_schema.views import View
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,21 @@ class ImageFeatures:
         """Layer names, in the order in which they were asked for."""
         return tuple(self.store.header.identity["outputs"]["layers"])
 
-    def features(self, layer: str) -> ArrayReader:
+    @property
+    def view_specs(self) -> tuple[str, ...]:
+        """How each image is looked at, in the order of its rows."""
+        return tuple(self.store.header.identity["views"])
+
+    def features(self, layer: str) -> RowReader:
         """(N, gh, gw, D) token grids of one layer."""
         return self.store.array(f"features/{layer}")
 
-    def cls(self, layer: str) -> ArrayReader:
+    def scale(self, layer: str) -> RowReader | None:
+        """(N, gh, gw) scales of the tokens of one layer, if they are stored as int8."""
+        name = f"scale/{layer}"
+        return self.store.array(name) if name in self.store.layouts else None
+
+    def cls(self, layer: str) -> RowReader:
         """(N, D) CLS tokens of one layer."""
         return self.store.array(f"cls/{layer}")
 
@@ -63,6 +77,11 @@ class ImageFeatures:
     @cached_property
     def sha256(self) -> list[str]:
         return [bytes(row).hex() for row in self.store.read("image/sha256")]
+
+    @cached_property
+    def views(self) -> list[View]:
+        """What each row looks at."""
+        return [View.from_row(row) for row in self.store.read("view").tolist()]
 
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
@@ -96,7 +115,8 @@ class PromptFeatures:
 class FeatureCache:
     """A samples store with the features of its images and prompts.
 
-    `image_rows` (N,) and `prompt_rows` (M,) map the rows of the samples store to rows of the feature stores.
+    `image_rows` (N,) and `prompt_rows` (M,) map the rows of the samples store to rows of the feature stores; of an
+    image with several views, to the whole image, which the others follow.
     """
 
     samples: SamplesStore
@@ -126,7 +146,9 @@ class FeatureCache:
         return rows[usable]
 
 
-def open_cache(samples: Path, images: Path, prompts: Path, image_dir: Path | None = None) -> FeatureCache:
+def open_cache(
+    samples: StorePath, images: StorePath, prompts: StorePath, image_dir: Path | None = None
+) -> FeatureCache:
     """Join a samples store with one image-feature store and one prompt-feature store.
 
     Args:
@@ -140,10 +162,10 @@ def open_cache(samples: Path, images: Path, prompts: Path, image_dir: Path | Non
     opened = open_samples(samples, image_dir)
     image_features = ImageFeatures(open_store(images, "image_features"))
     prompt_features = PromptFeatures(open_store(prompts, "prompt_features"))
-    table = opened.samples.images
-    image_rows = _match(
+    table, each = opened.samples.images, len(image_features.view_specs)
+    image_rows = each * _match(
         list(zip(table.ids, table.sha256, strict=True)),
-        list(zip(image_features.ids, image_features.sha256, strict=True)),
+        list(zip(image_features.ids[::each], image_features.sha256[::each], strict=True)),
         f"images of {samples.name} have no features in {images.name}",
     )
     prompt_rows = _match(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
+
+from cache_schema.atomic import StorePath
 
 FOLDER_DIGITS = 12
 """How many hexadecimal digits of a fingerprint a store's folder name carries."""
@@ -27,10 +28,10 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def digest_file(path: Path) -> str:
+def digest_file(path: StorePath) -> str:
     """SHA-256 (64 hexadecimal digits) of a file's bytes."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a BinaryIO that reads into
 
 
 def digest_strings(strings: Iterable[str]) -> str:

@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from cache_schema.atomic import StorePath
 from cache_schema.errors import DamagedStoreError
-from cache_schema.fingerprint import digest_file, fingerprint
+from cache_schema.fingerprint import fingerprint
+
+_READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Size and SHA-256 of one file of a store."""
+    """Size and XXH3 (128 bits, 32 hexadecimal digits) of one shard's file.
+
+    The digest is there to find what went wrong by itself, at the speed of memory; it is no signature.
+    """
 
     num_bytes: int
-    sha256: str
+    xxh3_128: str
+
+    @classmethod
+    def of(cls, data: memoryview) -> StoredFile:
+        """What a receipt says of a file that holds `data`."""
+        return cls(data.nbytes, xxhash.xxh3_128_hexdigest(data))
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,27 @@ class Receipt:
         return asdict(self)
 
     @classmethod
-    def read(cls, path: Path) -> Receipt:
-        """Parse a receipt.
+    def read(cls, path: StorePath) -> Receipt:
+        """Read a receipt's file.
 
         Raises:
             DamagedStoreError: the file is not a receipt.
         """
         try:
-            value = json.loads(path.read_bytes())
+            data = path.read_bytes()
+        except OSError as error:
+            raise DamagedStoreError(f"{path}: the receipt cannot be read ({error.strerror or error})") from error
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> Receipt:
+        """Parse a receipt. `where` says in an error where it was found.
+
+        Raises:
+            DamagedStoreError: the bytes are no receipt.
+        """
+        try:
+            value = json.loads(data)
             return cls(
                 unit=value["unit"],
                 rows=(int(value["rows"][0]), int(value["rows"][1])),
@@ -61,15 +86,15 @@ class Receipt:
                 failures=tuple(Failure(**failure) for failure in value["failures"]),
                 rates=value["rates"],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise DamagedStoreError(f"{path}: not a receipt ({error!r}); remove it and run the job again") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise _no(where, "receipt", error) from error
 
-    def is_honoured(self, store: Path, *, by_digest: bool) -> bool:
-        """Whether every file is there with the size, and if asked the digest, that this receipt gives."""
+    def is_honoured(self, store: StorePath) -> bool:
+        """Whether every file is there, byte for byte what this receipt says."""
         return all(
             (path := store / key).is_file()
             and path.stat().st_size == stored.num_bytes
-            and (not by_digest or digest_file(path) == stored.sha256)
+            and digest_shard(path) == stored.xxh3_128
             for key, stored in self.files.items()
         )
 
@@ -96,20 +121,33 @@ class Manifest:
             num_files=len(files),
             num_bytes=sum(stored.num_bytes for stored in files.values()),
             num_failures=sum(len(receipt.failures) for receipt in receipts),
-            digest=fingerprint({key: stored.sha256 for key, stored in files.items()}),
+            digest=fingerprint({key: stored.xxh3_128 for key, stored in files.items()}),
         )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Parse a manifest.
+    def parse(cls, data: bytes, where: str) -> Manifest:
+        """Parse a manifest. `where` says in an error where it was found.
 
         Raises:
-            DamagedStoreError: the file is not a manifest.
+            DamagedStoreError: the bytes are no manifest.
         """
         try:
-            return cls(**json.loads(path.read_bytes()))
+            return cls(**json.loads(data))
         except (ValueError, TypeError) as error:
-            raise DamagedStoreError(f"{path}: not a manifest ({error!r}); remove it and run the job again") from error
+            raise _no(where, "manifest", error) from error
+
+
+def digest_shard(path: StorePath) -> str:
+    """XXH3 (128 bits, 32 hexadecimal digits) of a file's bytes."""
+    running, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES))
+    with path.open("rb") as file:
+        while num_bytes := file.readinto(buffer):  # type: ignore[attr-defined]
+            running.update(buffer[:num_bytes])
+    return running.hexdigest()
+
+
+def _no(where: str, what: str, error: Exception) -> DamagedStoreError:
+    return DamagedStoreError(f"{where}: no {what} ({error!r}); `headstart cache repair` makes it again")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_schema.atomic import StorePath
 from cache_schema.errors import unknown_name
 from cache_schema.masks import Size, decode_mask
 from cache_schema.ragged import pack_bytes, pack_strings, unpack_bytes, unpack_strings
-from cache_schema.store import StaticArray, Store, StoreHeader, StoreWriter, is_complete, open_store
+from cache_schema.store import (
+    StaticArray,
+    Store,
+    StoreHeader,
+    StoreWriter,
+    is_complete,
+    open_store,
+    recorded_path,
+    relative_paths,
+)
 
 
 @dataclass(frozen=True)
@@ -85,24 +94,24 @@ class Samples:
 
 @dataclass(frozen=True)
 class SamplesStore:
-    """A samples store that was opened: what it holds, and where its images lie."""
+    """A samples store that was opened: what it holds, and where its images lie, if a local store says so."""
 
-    path: Path
+    path: StorePath
     fingerprint: str
     dataset: str
     samples: Samples
-    image_dir: Path
+    image_dir: Path | None
 
 
 def write_samples(
-    parent: Path,
+    parent: StorePath,
     samples: Samples,
     *,
     dataset: str,
     sources: Mapping[str, str],
     image_dir: Path,
     libraries: Mapping[str, str],
-) -> tuple[Path, bool]:
+) -> tuple[StorePath, bool]:
     """Write `samples` under `parent`; return the store's path and whether it was there already.
 
     Args:
@@ -138,7 +147,7 @@ def write_samples(
     }
     header = StoreHeader("samples", identity, {})
     recorded = {
-        "image_dir": os.path.relpath(image_dir.resolve(), (parent / header.folder_name).resolve()),
+        "paths": relative_paths({"image_dir": image_dir}, parent / header.folder_name),
         "libraries": dict(libraries),
     }
     writer = StoreWriter(parent, dataclasses.replace(header, recorded=recorded), (), arrays)
@@ -149,7 +158,7 @@ def write_samples(
     return writer.path, False
 
 
-def open_samples(path: Path, image_dir: Path | None = None) -> SamplesStore:
+def open_samples(path: StorePath, image_dir: Path | None = None) -> SamplesStore:
     """Open a samples store.
 
     Args:
@@ -178,8 +187,8 @@ def open_samples(path: Path, image_dir: Path | None = None) -> SamplesStore:
         tags={name: _decode(values, store.read(f"sample/tag/{name}")) for name, values in identity["tags"].items()},
     )
     store.close()
-    recorded = path / store.header.recorded["image_dir"]
-    return SamplesStore(path, store.header.fingerprint, identity["dataset"], samples, image_dir or recorded)
+    image_dir = image_dir or recorded_path(store.header, path, "image_dir")
+    return SamplesStore(path, store.header.fingerprint, identity["dataset"], samples, image_dir)
 
 
 def string_arrays(name: str, items: Sequence[str], axis: str) -> list[StaticArray]:

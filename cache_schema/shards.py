@@ -1,27 +1,38 @@
-"""Shards: rows to the bytes of one file, and positioned reads of rows out of such files."""
+"""Shards: rows to the bytes of one file, and what its index says of the chunks inside."""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import zarr
+from awscrt.checksums import crc32c
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
-from cache_schema.errors import DamagedStoreError
-from cache_schema.layout import CRC_BYTES, ArrayLayout
+from cache_schema.layout import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
 
 MISSING = 2**64 - 1
 """Offset and length of a chunk that was never written, as zarr's specification has it."""
 
-MAX_OPEN_SHARDS = 64
-"""How many shard files one reader keeps open. A store has a reader for each array, a process 1,024 files by default."""
 
-_REMEDY = "remove the file and run the command that made the store again"
+@dataclass(frozen=True)
+class ChunkTable:
+    """Where the chunks of one shard lie in its file.
+
+    Args:
+        offsets: in bytes, -1 for a chunk that was never written.
+        lengths: in bytes, with the checksum if it follows its chunk.
+        checksums: crc32c of each chunk where these are kept apart; None where each follows its chunk.
+    """
+
+    offsets: Sequence[int]
+    lengths: Sequence[int]
+    checksums: Sequence[int] | None = None
 
 
 def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
@@ -34,160 +45,62 @@ def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
     if rows.dtype != layout.dtype or rows.shape[1:] != layout.shape[1:] or not 1 <= len(rows) <= layout.shard_rows:
         expected = f"1 to {layout.shard_rows} rows of {layout.dtype.name} {layout.shape[1:]}"
         raise ValueError(f"{layout.name}: expected {expected}, got {rows.dtype.name} {rows.shape}")
+    compressed = layout.zstd_level is not None and layout.row_bytes
+    return _encode_compressed(rows, layout) if compressed else _encode_plain(rows, layout)
+
+
+def _encode_plain(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
     num_chunks = -(-len(rows) // layout.chunk_rows)
     stride = layout.chunk_bytes + CRC_BYTES
-    buffer = np.zeros(num_chunks * stride + layout.index_bytes, np.uint8)
+    buffer = np.empty(num_chunks * stride + layout.index_bytes, np.uint8)
     chunks = buffer[: num_chunks * stride].reshape(num_chunks, stride)
     payload = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
-    if len(payload) == num_chunks * layout.chunk_bytes:
-        chunks[:, :-CRC_BYTES] = payload.reshape(num_chunks, layout.chunk_bytes)
-    else:
-        padded = np.zeros(num_chunks * layout.chunk_bytes, np.uint8)
-        padded[: len(payload)] = payload
-        chunks[:, :-CRC_BYTES] = padded.reshape(num_chunks, layout.chunk_bytes)
-    for chunk in chunks:
-        chunk[-CRC_BYTES:] = _crc32c(chunk[:-CRC_BYTES])
+    if missing := num_chunks * layout.chunk_bytes - len(payload):
+        payload = np.concatenate([payload, np.zeros(missing, np.uint8)])
+    for chunk, values in zip(chunks, payload.reshape(num_chunks, layout.chunk_bytes), strict=True):
+        chunk[:-CRC_BYTES] = values
+        chunk[-CRC_BYTES:] = checksum_bytes(values)
     index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
     index[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * np.uint64(stride)
     index[:num_chunks, 1] = stride
     tail = buffer[num_chunks * stride :]
     tail[:-CRC_BYTES] = index.view(np.uint8).reshape(-1)
-    tail[-CRC_BYTES:] = _crc32c(tail[:-CRC_BYTES])
+    tail[-CRC_BYTES:] = checksum_bytes(tail[:-CRC_BYTES])
     return buffer.data
 
 
-def _crc32c(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.array([google_crc32c.value(data)], "<u4").view(np.uint8)
+def _encode_compressed(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
+    """zarr-python writes the shard, as the only one of an array in memory."""
+    files: dict[str, Buffer] = {}
+    assert layout.zstd_level is not None
+    array = zarr.create_array(
+        MemoryStore(files),
+        shape=rows.shape,
+        dtype=layout.dtype,
+        chunks=(layout.chunk_rows, *layout.row_shape),
+        shards=(layout.shard_rows, *layout.row_shape),
+        serializer=BytesCodec(endian="little"),
+        compressors=(ZstdCodec(level=layout.zstd_level, checksum=False), Crc32cCodec()),
+        fill_value=layout.fill_value,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    array[...] = rows
+    return memoryview(files[layout.shard_key(0).removeprefix(f"{layout.name}/")].to_bytes())
 
 
-class _Shard:
-    """An open shard file and its checked index."""
+def parse_index(tail: NDArray[np.uint8]) -> ChunkTable:
+    """The index of a shard from its last `layout.index_bytes` bytes.
 
-    def __init__(self, path: Path, layout: ArrayLayout) -> None:
-        self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise DamagedStoreError(f"{path}: the shard is missing; {_REMEDY}") from error
-        self._chunk_bytes = layout.chunk_bytes
-        try:
-            self.index = self._read_index(layout)
-        except BaseException:
-            self.close()
-            raise
-
-    def _read_index(self, layout: ArrayLayout) -> NDArray[np.uint64]:
-        """(chunks, 2) offset and length of every chunk, checked against the index's own checksum."""
-        size = os.fstat(self.descriptor).st_size
-        tail = np.empty(layout.index_bytes, np.uint8)
-        if size < len(tail) or os.preadv(self.descriptor, [tail.data], size - len(tail)) != len(tail):
-            raise self._damage("the shard is shorter than its index")
-        if not np.array_equal(_crc32c(tail[:-CRC_BYTES]), tail[-CRC_BYTES:]):
-            raise self._damage("the shard's index fails its checksum")
-        index: NDArray[np.uint64] = tail[:-CRC_BYTES].view("<u8").reshape(-1, 2)
-        return index
-
-    def read_chunk(self, chunk: int, out: NDArray[np.uint8], verify: bool) -> None:
-        """Fill `out`, a flat buffer of a chunk's payload, and check its crc32c if asked."""
-        offset, length = (int(value) for value in self.index[chunk])
-        if length == MISSING:
-            raise self._damage(f"chunk {chunk} was never written")
-        if length != self._chunk_bytes + CRC_BYTES:
-            raise self._damage(f"chunk {chunk} holds {length} bytes where {self._chunk_bytes + CRC_BYTES} are due")
-        buffers = [out]
-        if verify:
-            buffers.append(checksum := np.empty(CRC_BYTES, np.uint8))
-        if os.preadv(self.descriptor, [buffer.data for buffer in buffers], offset) != sum(map(len, buffers)):
-            raise self._damage(f"the file ends inside chunk {chunk}")
-        if verify and not np.array_equal(_crc32c(out), checksum):
-            raise self._damage(f"chunk {chunk} fails its checksum")
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-    def _damage(self, what: str) -> DamagedStoreError:
-        return DamagedStoreError(f"{self.path}: {what}; {_REMEDY}")
+    Raises:
+        ValueError: the index fails its own checksum.
+    """
+    if not np.array_equal(checksum_bytes(tail[:-CRC_BYTES]), tail[-CRC_BYTES:]):
+        raise ValueError("the shard's index fails its checksum")
+    entries = tail[:-CRC_BYTES].view("<u8").reshape(-1, INDEX_ENTRY_BYTES // 8).astype(np.int64)
+    return ChunkTable(offsets=entries[:, 0].tolist(), lengths=entries[:, 1].tolist())  # MISSING is -1 when signed
 
 
-class ArrayReader:
-    """Reads rows of one array of a store, in any order, straight into a caller's buffer. Safe to share by threads."""
-
-    def __init__(self, store: Path, layout: ArrayLayout) -> None:
-        self.layout = layout
-        self._store = store
-        self._shards: OrderedDict[int, _Shard] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.layout.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.layout.dtype
-
-    def __len__(self) -> int:
-        return self.layout.num_rows
-
-    def read(self, rows: ArrayLike | None = None, out: NDArray[Any] | None = None, verify: bool = True) -> NDArray[Any]:
-        """Rows `rows` (R,), all of them by default, as a (R, ...) array.
-
-        Args:
-            out: a C-contiguous (R, ...) array of the layout's data type to fill instead of a new one.
-            verify: check the crc32c of every chunk that is read.
-
-        Raises:
-            TypeError, IndexError: a row is no whole number, or out of range.
-            DamagedStoreError: a shard or a chunk is missing, cut short or fails its checksum. Never zeros instead.
-        """
-        layout = self.layout
-        wanted = np.arange(layout.num_rows) if rows is None else np.asarray(rows).reshape(-1)
-        if len(wanted) and wanted.dtype.kind not in "iu":
-            raise TypeError(
-                f"{layout.name}: rows are whole numbers, not {wanted.dtype.name}; a mask needs np.flatnonzero"
-            )
-        wanted = wanted.astype(np.int64)
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < layout.num_rows:
-            raise IndexError(f"{layout.name} has {layout.num_rows} rows; asked for {wanted.min()} to {wanted.max()}")
-        shape = (len(wanted), *layout.shape[1:])
-        if out is None:
-            out = np.empty(shape, layout.dtype)
-        elif out.shape != shape or out.dtype != layout.dtype or not out.flags.carray:
-            raise ValueError(f"{layout.name}: `out` must be writable, C-contiguous {layout.dtype.name} {shape}")
-        if not len(wanted) or not layout.row_bytes:
-            return out
-        flat = out.reshape(len(wanted), -1).view(np.uint8)
-        order = np.argsort(wanted, kind="stable")
-        chunk_of = wanted // layout.chunk_rows
-        boundaries = np.flatnonzero(np.diff(chunk_of[order])) + 1
-        scratch = np.empty((layout.chunk_rows, layout.row_bytes), np.uint8)
-        with self._lock:
-            for group in np.split(order, boundaries):
-                shard, chunk = divmod(int(chunk_of[group[0]]), layout.chunks_per_shard)
-                if layout.chunk_rows == 1:
-                    self._open(shard).read_chunk(chunk, flat[group[0]], verify)
-                    flat[group[1:]] = flat[group[0]]
-                else:
-                    self._open(shard).read_chunk(chunk, scratch.reshape(-1), verify)
-                    flat[group] = scratch[wanted[group] % layout.chunk_rows]
-        return out
-
-    def close(self) -> None:
-        """Close every shard file; a later read opens them again."""
-        with self._lock:
-            while self._shards:
-                self._shards.popitem()[1].close()
-
-    def __del__(self) -> None:
-        for shard in self._shards.values():
-            shard.close()
-
-    def _open(self, number: int) -> _Shard:
-        if number in self._shards:
-            self._shards.move_to_end(number)
-            return self._shards[number]
-        if len(self._shards) >= MAX_OPEN_SHARDS:
-            self._shards.popitem(last=False)[1].close()
-        shard = _Shard(self._store / self.layout.shard_key(number), self.layout)
-        self._shards[number] = shard
-        return shard
+def checksum_bytes(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(4,) uint8, the little-endian crc32c of `data`."""
+    return np.array([crc32c(data)], "<u4").view(np.uint8)

@@ -1,4 +1,4 @@
-"""A store on disk: one zarr v3 group, the receipts beside its arrays, and a manifest written last.
+"""A store: one zarr v3 group, the receipts beside its arrays, and a manifest written last.
 
 <kind>-<first 12 digits of the fingerprint>.zarr/
     zarr.json               group attributes under "headstart": schema version, kind, identity, recorded
@@ -6,30 +6,42 @@
     receipts/<unit>.json    one for each finished unit of work
     ledger.jsonl            one line for each item that failed
     manifest.json           last: the store is complete
+
+docs/cache-format.md has every name and rule. The same store may lie in one HDF5 file (hdf5.py) or on a remote
+filesystem; `open_store` opens all of them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
 from cache_schema import SCHEMA_VERSION, atomic
+from cache_schema.atomic import StorePath
+from cache_schema.containers import RECEIPTS, Container, Folder
 from cache_schema.errors import DamagedStoreError, UsageError
 from cache_schema.fingerprint import FOLDER_DIGITS, canonical_json, fingerprint
-from cache_schema.layout import ArrayLayout, whole
+from cache_schema.hdf5 import SUFFIX as HDF5_SUFFIX
+from cache_schema.hdf5 import Hdf5File
+from cache_schema.layout import ArrayLayout, parse_shard_key, whole
+from cache_schema.reader import RowReader
 from cache_schema.receipts import Failure, Manifest, Receipt, StoredFile
-from cache_schema.shards import ArrayReader, encode_shard
+from cache_schema.shards import encode_shard
 
 StoreKind = Literal["samples", "image_features", "prompt_features"]
 
 STATIC_UNIT = "static"
 """The unit of work that holds what is known before the first item is encoded (ids, sizes, offsets)."""
+
+ZARR_SUFFIX = ".zarr"
 
 _ATTRIBUTES = "headstart"
 
@@ -48,7 +60,97 @@ class StoreHeader:
 
     @property
     def folder_name(self) -> str:
-        return f"{self.kind}-{self.fingerprint[:FOLDER_DIGITS]}.zarr"
+        return f"{self.stem}{ZARR_SUFFIX}"
+
+    @property
+    def stem(self) -> str:
+        """The store's name without the suffix that says what it lies in."""
+        return f"{self.kind}-{self.fingerprint[:FOLDER_DIGITS]}"
+
+    def moved(self, old: StorePath, new: StorePath) -> StoreHeader:
+        """The header for a copy of the store at another place: recorded relative paths go on meaning the same."""
+        paths = {name: recorded_path(self, old, name) for name in self.recorded.get("paths", {})}
+        known = {name: path for name, path in paths.items() if path is not None}
+        return replace(self, recorded={**self.recorded, "paths": relative_paths(known, new)}) if known else self
+
+    def to_root(self, layouts: Mapping[str, ArrayLayout]) -> dict[str, Any]:
+        """The store's root zarr.json: the header as attributes, and the consolidated metadata of the arrays."""
+        metadata = node_metadata(layouts)
+        return {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": {
+                _ATTRIBUTES: {
+                    "schema_version": SCHEMA_VERSION,
+                    "kind": self.kind,
+                    "fingerprint": self.fingerprint,
+                    "identity": self.identity,
+                    "recorded": self.recorded,
+                    "metadata_sha256": fingerprint(metadata),
+                }
+            },
+            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": metadata},
+        }
+
+    @classmethod
+    def parse(cls, data: bytes, path: StorePath) -> tuple[StoreHeader, dict[str, ArrayLayout]]:
+        """What a root zarr.json says. `path` is the store, for errors.
+
+        Raises:
+            UsageError: no store of ours, or one that was written under another schema version.
+            DamagedStoreError: the metadata contradicts the fingerprints it carries.
+        """
+        try:
+            root = json.loads(data)
+            attributes = root["attributes"][_ATTRIBUTES]
+            version = attributes["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is a zarr group, but not one that headstart wrote ({error!r}).") from error
+        if version != SCHEMA_VERSION:
+            raise UsageError(f"{path} has schema version {version}; this one reads {SCHEMA_VERSION}. Make it again.")
+        try:
+            header = cls(attributes["kind"], attributes["identity"], attributes["recorded"])
+            metadata = root["consolidated_metadata"]["metadata"]
+            if fingerprint(metadata) != attributes["metadata_sha256"]:
+                raise ValueError("the metadata of its arrays is not what was written")
+            layouts = {
+                name: ArrayLayout.from_metadata(name, value)
+                for name, value in metadata.items()
+                if value["node_type"] == "array"
+            }
+            matches = header.kind in get_args(StoreKind) and header.fingerprint == attributes["fingerprint"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedStoreError(f"{path}/zarr.json is damaged ({error}); make the store again.") from error
+        if not matches:
+            raise DamagedStoreError(
+                f"{path}/zarr.json does not match the fingerprint it carries; make the store again."
+            )
+        return header, layouts
+
+
+def relative_paths(paths: Mapping[str, Path], store: StorePath) -> dict[str, str]:
+    """What a header records of files and folders outside the store: their places relative to it.
+
+    A remote store records none of this machine's.
+    """
+    if not isinstance(store, Path):
+        return {}
+    return {name: os.path.relpath(path.resolve(), store.resolve()) for name, path in paths.items()}
+
+
+def recorded_path(header: StoreHeader, store: StorePath, name: str) -> Path | None:
+    """A file or folder outside the store that its header records, if it does."""
+    recorded = header.recorded.get("paths", {})
+    if not isinstance(store, Path) or name not in recorded:
+        return None
+    return Path(os.path.normpath(store.resolve() / recorded[name]))
+
+
+def node_metadata(layouts: Mapping[str, ArrayLayout]) -> dict[str, Any]:
+    """The zarr.json of every array and of every group between the root and the arrays, by key."""
+    parents = {str(parent) for name in layouts for parent in PurePosixPath(name).parents if str(parent) != "."}
+    groups = {parent: {"zarr_format": 3, "node_type": "group", "attributes": {}} for parent in parents}
+    return groups | {name: layout.to_metadata() for name, layout in layouts.items()}
 
 
 @dataclass(frozen=True)
@@ -71,7 +173,7 @@ class StoreWriter:
     """
 
     def __init__(
-        self, parent: Path, header: StoreHeader, layouts: Sequence[ArrayLayout], static: Sequence[StaticArray]
+        self, parent: StorePath, header: StoreHeader, layouts: Sequence[ArrayLayout], static: Sequence[StaticArray]
     ) -> None:
         self.path = parent / header.folder_name
         self.header = header
@@ -80,43 +182,41 @@ class StoreWriter:
 
     def begin(self) -> None:
         """Make the group, the metadata of its arrays and the static unit, whichever of them is missing."""
-        arrays = {name: layout.to_metadata() for name, layout in self.layouts.items()}
-        parents = {str(parent) for name in arrays for parent in Path(name).parents if str(parent) != "."}
-        groups = {parent: {"zarr_format": 3, "node_type": "group", "attributes": {}} for parent in parents}
-        metadata = groups | arrays
-        for key, value in metadata.items():
-            _mend_json(self.path / key / "zarr.json", value)
-        root = {
-            "zarr_format": 3,
-            "node_type": "group",
-            "attributes": {
-                _ATTRIBUTES: {
-                    "schema_version": SCHEMA_VERSION,
-                    "kind": self.header.kind,
-                    "fingerprint": self.header.fingerprint,
-                    "identity": self.header.identity,
-                    "recorded": self.header.recorded,
-                    "metadata_sha256": fingerprint(metadata),
-                }
-            },
-            "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": metadata},
-        }
-        if not self._has_sound_root():
-            atomic.write_json(self.path / "zarr.json", root)
+        self.declare()
         if not self.is_done(STATIC_UNIT):
             shards = {(array.name, 0): array.values for array in self._static if len(array.values)}
             self.commit(STATIC_UNIT, (0, 0), shards)
 
-    def is_done(self, unit: str) -> bool:
-        """Whether the unit's receipt is there and every file is, byte for byte, what the receipt says."""
+    def declare(self) -> None:
+        """Make the group and the metadata of its arrays, whichever of them is missing."""
+        for key, value in node_metadata(self.layouts).items():
+            _mend_json(self.path / key / "zarr.json", value)
+        if not self._has_sound_root():
+            atomic.write_json(self.path / "zarr.json", self.header.to_root(self.layouts))
+
+    def is_done(self, unit: str, files: Mapping[str, StoredFile] | None = None) -> bool:
+        """Whether the unit's receipt is there and every file is, byte for byte, what the receipt says.
+
+        Args:
+            files: what the receipt has to say, where that is known.
+        """
         path = self._receipt_path(unit)
         if not path.is_file():
             return False
         try:
             receipt = Receipt.read(path)
-            return receipt.unit == unit and receipt.is_honoured(self.path, by_digest=True)
-        except DamagedStoreError:
+            expected = receipt.unit == unit and (files is None or files == receipt.files)
+            return expected and self._fits(receipt) and receipt.is_honoured(self.path)
+        except (DamagedStoreError, ValueError, KeyError, IndexError):
             return False
+
+    def _fits(self, receipt: Receipt) -> bool:
+        """Whether shards have the size they have in this store's layouts: they may be left from a compressed one."""
+        sizes = ((*parse_shard_key(key), stored.num_bytes) for key, stored in receipt.files.items())
+        return all(
+            self.layouts[name].zstd_level is not None or self.layouts[name].plain_shard_bytes(shard) == num_bytes
+            for name, shard, num_bytes in sizes
+        )
 
     def commit(
         self,
@@ -136,10 +236,9 @@ class StoreWriter:
         files = {}
         for (name, number), values in shards.items():
             layout = self.layouts[name]
-            key = layout.shard_key(number)
             data = encode_shard(values, layout)
-            atomic.write_file(self.path / key, data)
-            files[key] = StoredFile(data.nbytes, hashlib.sha256(data).hexdigest())
+            atomic.write_file(self.path / layout.shard_key(number), data)
+            files[layout.shard_key(number)] = StoredFile.of(data)
         receipt = Receipt(unit, rows, files, tuple(failures), dict(rates or {}))
         atomic.write_json(self._receipt_path(unit), receipt.to_dict())
         return receipt
@@ -147,12 +246,11 @@ class StoreWriter:
     def finish(self, units: Iterable[str]) -> Manifest:
         """Write the ledger and the manifest, once every unit of the job has its receipt."""
         names = [STATIC_UNIT, *units]
-        for stray in set((self.path / "receipts").glob("*.json")) - {self._receipt_path(name) for name in names}:
+        kept = {self._receipt_path(name).name for name in names}
+        for stray in [path for path in (self.path / RECEIPTS).glob("*.json") if path.name not in kept]:
             stray.unlink()
         receipts = [Receipt.read(self._receipt_path(name)) for name in names]
-        failures = [failure for receipt in receipts for failure in receipt.failures]
-        ledger = b"".join(canonical_json({"row": f.row, "id": f.id, "reason": f.reason}) + b"\n" for f in failures)
-        atomic.write_file(self.path / "ledger.jsonl", ledger)
+        atomic.write_file(self.path / "ledger.jsonl", ledger_lines(receipts))
         manifest = Manifest.of(self.header.fingerprint, receipts)
         atomic.write_json(self.path / "manifest.json", manifest.to_dict())
         return manifest
@@ -160,15 +258,22 @@ class StoreWriter:
     def _has_sound_root(self) -> bool:
         """A store that is resumed keeps what its first job recorded."""
         try:
-            return read_header(self.path)[0].fingerprint == self.header.fingerprint
+            header, layouts = read_header(self.path)
+            same = header.fingerprint == self.header.fingerprint and layouts == self.layouts
+            return same and json.loads((self.path / "zarr.json").read_bytes()) == header.to_root(layouts)
         except UsageError:
             return False
 
-    def _receipt_path(self, unit: str) -> Path:
-        return self.path / "receipts" / f"{unit}.json"
+    def _receipt_path(self, unit: str) -> StorePath:
+        return self.path / RECEIPTS / f"{unit}.json"
 
 
-def _mend_json(path: Path, value: Mapping[str, Any]) -> None:
+def ledger_lines(receipts: Iterable[Receipt]) -> bytes:
+    """The ledger: one JSON object a line for every item that could not be encoded."""
+    return b"".join(canonical_json(asdict(failure)) + b"\n" for receipt in receipts for failure in receipt.failures)
+
+
+def _mend_json(path: StorePath, value: Mapping[str, Any]) -> None:
     """Write metadata unless exactly that is there already."""
     try:
         if json.loads(path.read_bytes()) == value:
@@ -178,17 +283,67 @@ def _mend_json(path: Path, value: Mapping[str, Any]) -> None:
     atomic.write_json(path, value)
 
 
+class Commits:
+    """Commits units on a few threads, while the caller makes the next; leaving the `with` block waits for them.
+
+    At most `num_threads` units wait to be written, so memory stays bounded. What goes wrong with one is raised at the
+    next call, or when the block is left.
+    """
+
+    def __init__(self, writer: StoreWriter, num_threads: int = 2) -> None:
+        self._writer = writer
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="headstart-write")
+        self._under_way: deque[Future[Receipt]] = deque()
+        self._num_waiting = 2 * num_threads
+
+    def commit(
+        self,
+        unit: str,
+        rows: tuple[int, int],
+        shards: Mapping[tuple[str, int], NDArray[Any]],
+        failures: Sequence[Failure] = (),
+        rates: Mapping[str, float] | None = None,
+    ) -> list[Receipt]:
+        """Hand a unit over, as `StoreWriter.commit` takes it; it may not be changed afterwards.
+
+        Returns:
+            The receipts of the units that were published since the last call, in order.
+        """
+        self._under_way.append(self._pool.submit(self._writer.commit, unit, rows, shards, failures, rates))
+        published = []
+        while self._under_way and (len(self._under_way) >= self._num_waiting or self._under_way[0].done()):
+            published.append(self._under_way.popleft().result())
+        return published
+
+    def wait(self) -> list[Receipt]:
+        """The receipts of the units that are still under way, once they are published."""
+        published = [future.result() for future in self._under_way]
+        self._under_way.clear()
+        return published
+
+    def __enter__(self) -> Commits:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=exception[0] is not None)
+        if exception[0] is None:
+            self.wait()
+
+
 class Store:
     """A complete store, open for reading. Make one with `open_store`."""
 
-    def __init__(self, path: Path, header: StoreHeader, layouts: Mapping[str, ArrayLayout], manifest: Manifest) -> None:
-        self.path = path
+    def __init__(
+        self, container: Container, header: StoreHeader, layouts: Mapping[str, ArrayLayout], manifest: Manifest
+    ) -> None:
+        self.path = container.path
+        self.container = container
         self.header = header
         self.layouts = layouts
         self.manifest = manifest
-        self._readers: dict[str, ArrayReader] = {}
+        self._readers: dict[str, RowReader] = {}
 
-    def array(self, name: str) -> ArrayReader:
+    def array(self, name: str) -> RowReader:
         """The reader of one array, opened once.
 
         Raises:
@@ -197,7 +352,7 @@ class Store:
         if name not in self.layouts:
             raise UsageError(f"{self.path} has no array {name!r}; it holds {', '.join(sorted(self.layouts))}.")
         if name not in self._readers:
-            self._readers[name] = ArrayReader(self.path, self.layouts[name])
+            self._readers[name] = self.container.reader(self.layouts[name])
         return self._readers[name]
 
     def read(self, name: str) -> NDArray[Any]:
@@ -210,52 +365,38 @@ class Store:
 
     def receipts(self) -> list[Receipt]:
         """Every receipt, in order of name."""
-        return [Receipt.read(path) for path in sorted((self.path / "receipts").glob("*.json"))]
+        return [self.container.receipt(name) for name in self.container.receipt_names()]
 
     def close(self) -> None:
         """Close every file this store holds open."""
-        for reader in self._readers.values():
-            reader.close()
+        self.container.close()
 
 
-def read_header(path: Path) -> tuple[StoreHeader, dict[str, ArrayLayout]]:
+def open_container(path: StorePath) -> Container:
+    """What lies at a path: a folder with a zarr store, or an HDF5 file.
+
+    Raises:
+        UsageError: nothing of the kind is there.
+        DamagedStoreError: an HDF5 file is there that cannot be opened.
+    """
+    if path.suffix != HDF5_SUFFIX:
+        return Folder(path)
+    if not isinstance(path, Path):
+        raise UsageError(f"{path} is a remote HDF5 file; fetch it first, or convert the store to zarr.")
+    return Hdf5File(path)
+
+
+def read_header(path: StorePath) -> tuple[StoreHeader, dict[str, ArrayLayout]]:
     """What a store's root zarr.json says, complete or not.
 
     Raises:
-        UsageError: the folder is missing, is no store of ours, or was written under another schema version.
+        UsageError: nothing is there, or no store of ours, or one that was written under another schema version.
         DamagedStoreError: the metadata cannot be read, or contradicts the fingerprint it carries.
     """
-    if not path.is_dir():
-        raise UsageError(f"no store at {path}: the folder is missing. `headstart cache info` lists the stores of one.")
-    if not (path / "zarr.json").is_file():
-        raise UsageError(f"{path} is not a store: it has no zarr.json. Name a folder that ends in .zarr.")
-    try:
-        root = json.loads((path / "zarr.json").read_bytes())
-        attributes = root["attributes"][_ATTRIBUTES]
-        version = attributes["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is a zarr group, but not one that headstart wrote ({error!r}).") from error
-    if version != SCHEMA_VERSION:
-        raise UsageError(f"{path} has schema version {version}; this one reads {SCHEMA_VERSION}. Extract it again.")
-    try:
-        header = StoreHeader(attributes["kind"], attributes["identity"], attributes["recorded"])
-        metadata = root["consolidated_metadata"]["metadata"]
-        if fingerprint(metadata) != attributes["metadata_sha256"]:
-            raise ValueError("the metadata of its arrays is not what was written")
-        layouts = {
-            name: ArrayLayout.from_metadata(name, value)
-            for name, value in metadata.items()
-            if value["node_type"] == "array"
-        }
-        matches = header.kind in get_args(StoreKind) and header.fingerprint == attributes["fingerprint"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedStoreError(f"{path}/zarr.json is damaged ({error}); make the store again.") from error
-    if not matches:
-        raise DamagedStoreError(f"{path}/zarr.json does not match the fingerprint it carries; make the store again.")
-    return header, layouts
+    return StoreHeader.parse(open_container(path).read_bytes("zarr.json"), path)
 
 
-def is_complete(path: Path) -> bool:
+def is_complete(path: StorePath) -> bool:
     """Whether a store is there, whole, and consistent with its receipts."""
     try:
         open_store(path).close()
@@ -264,27 +405,40 @@ def is_complete(path: Path) -> bool:
     return True
 
 
-def open_store(path: Path, kind: StoreKind | None = None) -> Store:
+def find_complete(parent: StorePath, header: StoreHeader) -> Store | None:
+    """The complete store of that identity under `parent`, in whatever container; None if there is none."""
+    for suffix in (ZARR_SUFFIX, HDF5_SUFFIX):
+        try:
+            return open_store(parent / f"{header.stem}{suffix}")
+        except UsageError:
+            continue
+    return None
+
+
+def open_store(path: StorePath, kind: StoreKind | None = None) -> Store:
     """Open a complete store for reading, checking its manifest against its receipts and the sizes of its files.
+
+    Args:
+        path: a folder that ends in .zarr, of this machine or remote, or an HDF5 file that ends in .h5.
 
     Raises:
         UsageError: there is no store of that kind, or it is incomplete.
         DamagedStoreError: manifest, receipts and files contradict each other.
     """
-    header, layouts = read_header(path)
+    container = open_container(path)
+    header, layouts = StoreHeader.parse(container.read_bytes("zarr.json"), path)
     if kind is not None and header.kind != kind:
         raise UsageError(f"{path} is a store of {header.kind}, where one of {kind} is wanted.")
     command = "prepare" if header.kind == "samples" else "extract"
     again = f"Run the `headstart {command}` that made it again: it does only what is not there."
-    if not (path / "manifest.json").is_file():
-        raise UsageError(f"{path} is incomplete: its job has not finished. {again}")
-    manifest = Manifest.read(path / "manifest.json")
-    store = Store(path, header, layouts, manifest)
-    receipts = store.receipts()
+    try:
+        manifest = Manifest.parse(container.read_bytes("manifest.json"), f"{path}/manifest.json")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is incomplete: its job has not finished. {again}") from error
+    receipts = [container.receipt(name) for name in container.receipt_names()]
     if Manifest.of(header.fingerprint, receipts) != manifest:
         raise DamagedStoreError(f"{path}: the manifest and the receipts differ. {again}")
-    for receipt in receipts:
-        if not receipt.is_honoured(path, by_digest=False):
-            what = f"a file of unit {receipt.unit} is missing or has another size"
-            raise DamagedStoreError(f"{path}: {what}. {again}")
-    return store
+    if missing := container.missing(receipts, layouts):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DamagedStoreError(f"{path}: {missing[0]}{more} is missing or has another size. {again}")
+    return Store(container, header, layouts, manifest)

@@ -35,7 +35,7 @@ from evaluate.predictor import open_image
 from evaluate.report import Example, Group, RunReport, write_report
 from extract.job import pick_device
 from heads.checkpoint import load_head
-from heads.data import CachedSplit, prefetch
+from heads.data import CachedSplit, Draw, prefetch
 from heads.inputs import Head
 from heads.losses import resize_logits
 from heads.train import read_run_config
@@ -159,7 +159,7 @@ def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Proto
     head = head.to(pick_device())
     _check_same_encoders(run_dir, cache)
     samples = cache.samples.samples
-    data = CachedSplit(cache, split, None, head.layers)
+    data = CachedSplit(cache, split, None, head.layers, device=pick_device())
     state: State = ()
     rows = []
     bar = tqdm(total=len(data), desc=f"evaluating {spec.head} on {split}", unit="prompt")
@@ -184,12 +184,12 @@ def predict_masks(
     head: Head,
     cache: FeatureCache,
     data: CachedSplit,
-    batches: Sequence[NDArray[np.int64]],
+    batches: Sequence[Draw],
     protocol: Protocol = ORIGINAL_SIZE,
 ) -> Iterator[tuple[int, Bool[np.ndarray, "h w"]]]:
     """Each sample's row and the head's mask for it, (H, W) at the image's original size."""
     device = next(head.parameters()).device
-    for batch in prefetch(data.load(samples) for samples in batches):
+    for batch in prefetch(data.load(draw) for draw in batches):
         with torch.inference_mode():
             logits = head(batch.inputs.to(device)).mask_logits.float()
         for row, prompt_logits in zip(batch.samples.tolist(), logits, strict=True):
@@ -233,11 +233,12 @@ def _examples(evaluation: Evaluation, cache: FeatureCache, split: str, protocol:
     head = evaluation.head
     data = CachedSplit(cache, split, None, head.layers, residency="disk")
     rows = evaluation.samples[[place for place, _ in chosen]]
-    masks = dict(predict_masks(head, cache, data, [rows], protocol)) if len(rows) else {}
+    masks = dict(predict_masks(head, cache, data, [Draw.whole(rows)], protocol)) if len(rows) else {}
     for place, group in chosen:
         row = int(evaluation.samples[place])
-        path = cache.samples.image_dir / samples.images.paths[samples.image_rows[row]]
-        if not path.is_file():
+        image_dir = cache.samples.image_dir
+        path = None if image_dir is None else image_dir / samples.images.paths[samples.image_rows[row]]
+        if path is None or not path.is_file():
             continue
         yield Example(
             image=open_image(path),

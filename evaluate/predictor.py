@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
 
 from cache_schema.errors import UsageError
+from cache_schema.quantize import dequantize, quantize
 from evaluate.metrics import ORIGINAL_SIZE, Protocol
 from extract.encoders.protocols import ImageEncoder, ImageEncoding, TextEncoder
 from extract.images import UndecodableImageError, UnreadableFileError, decode_image, read_bytes
@@ -50,8 +52,8 @@ class Predictor:
     Args:
         head: a trained head.
         image_encoder, text_encoder: the encoders whose features it was trained on.
-        dtype: the data type in which those features were cached; live features are rounded to it, so that a
-            prediction from pixels is the prediction from the cache.
+        image_dtype, text_dtype: the data types in which those features were cached; live features are rounded to
+            them, so that a prediction from pixels is the prediction from the cache.
     """
 
     def __init__(
@@ -60,13 +62,15 @@ class Predictor:
         image_encoder: ImageEncoder,
         text_encoder: TextEncoder,
         *,
-        dtype: torch.dtype = torch.float16,
+        image_dtype: str = "float16",
+        text_dtype: str = "float16",
         protocol: Protocol = ORIGINAL_SIZE,
     ) -> None:
         self._head = head.eval()
         self._image_encoder = image_encoder
         self._text_encoder = text_encoder
-        self._dtype = dtype
+        self._image_dtype = image_dtype
+        self._text_dtype = text_dtype
         self._protocol = protocol
         self._encoding: ImageEncoding | None = None
         self._size = (0, 0)
@@ -96,12 +100,13 @@ class Predictor:
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise UsageError("there is no prompt, or an empty one: say what to segment.")
         text = self._text_encoder.encode(self._text_encoder.tokenize(prompts))
+        cls_dtype = "float16" if self._image_dtype == "int8" else self._image_dtype
         inputs = HeadInputs(
-            features={layer: grid.to(self._dtype) for layer, grid in self._encoding.features.items()},
-            cls={layer: token.to(self._dtype) for layer, token in self._encoding.cls.items()},
-            prompt_tokens=(text.tokens * text.mask[..., None]).to(self._dtype),
+            features={layer: _as_cached(grid, self._image_dtype) for layer, grid in self._encoding.features.items()},
+            cls={layer: _as_cached(token, cls_dtype) for layer, token in self._encoding.cls.items()},
+            prompt_tokens=_as_cached(text.tokens * text.mask[..., None], self._text_dtype),
             prompt_mask=text.mask,
-            pooled=text.pooled.to(self._dtype),
+            pooled=_as_cached(text.pooled, self._text_dtype),
             image_index=torch.zeros(len(prompts), dtype=torch.long),
         )
         logits = self._head(inputs.to(next(self._head.parameters()).device)).mask_logits
@@ -110,3 +115,11 @@ class Predictor:
             Prediction(prompt, self._protocol.binarize(probability), probability)
             for prompt, probability in zip(prompts, probabilities, strict=True)
         ]
+
+
+def _as_cached(values: Tensor, dtype: str) -> Tensor:
+    """Features as they come back from a cache of that data type."""
+    if dtype != "int8":
+        return values.to(getattr(torch, dtype))
+    tokens, scale = quantize(values.float().cpu().numpy())
+    return torch.from_numpy(dequantize(tokens, scale)).to(values.device)

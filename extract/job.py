@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cache_schema.errors import UsageError
-from cache_schema.receipts import Failure
-from cache_schema.store import StoreWriter, is_complete, open_store
+from cache_schema.atomic import StorePath
+from cache_schema.errors import StoreMismatchError, UsageError
+from cache_schema.receipts import Failure, Receipt
+from cache_schema.store import ZARR_SUFFIX, Commits, StoreWriter, find_complete, read_header, relative_paths
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 
@@ -46,7 +47,7 @@ class EncodedUnit:
 class Extraction:
     """A complete feature store: where it is, and how much of it this job had to do itself."""
 
-    path: Path
+    path: StorePath
     num_encoded: int
     num_reused: int
     num_failed: int
@@ -57,7 +58,10 @@ class Extraction:
 
     def summary(self, noun: str) -> str:
         """One sentence for people: what was done, what was there already, and what failed."""
-        failed = f"; {self.num_failed} failed, see {self.path}/ledger.jsonl" if self.num_failed else ""
+        failed = ""
+        if self.num_failed:
+            lists = f"{self.path}/ledger.jsonl" if self.path.suffix == ZARR_SUFFIX else "`headstart cache info`"
+            failed = f"; {self.num_failed} failed, see {lists}"
         if not self.num_encoded:
             return f"nothing to extract: all {self.num_reused} {noun} are in {self.path.name} already{failed}"
         rate = f"{self.num_encoded / self.seconds:.0f}/s"
@@ -75,28 +79,50 @@ def run_job(
     *,
     label: str,
     noun: str,
+    repair: Path | None = None,
 ) -> Extraction:
     """Do every unit of work that has no honoured receipt, then write the manifest.
 
     Args:
-        encode: given the units that are left, yields each of them encoded, in order.
+        encode: given the units that are left, gives each of them encoded, in order. What it raises at once is raised
+            before anything is written.
         label, noun: what the progress bar calls the job and its items.
+        repair: a store of which every file is to be checked against its digest, complete or not.
+
+    Raises:
+        StoreMismatchError: the job makes another store than the one to repair.
     """
     started = time.perf_counter()
-    if is_complete(writer.path):
-        num_failed = open_store(writer.path).manifest.num_failures
-        return Extraction(writer.path, 0, num_items, num_failed, time.perf_counter() - started)
-    writer.begin()
+    if repair is not None and repair.name != writer.path.name:
+        raise StoreMismatchError(
+            f"encoder, samples or versions are not those {repair.name} was made with: they would make "
+            f"{writer.path.name}. Put the former ones back, or extract into a new store."
+        )
+    there = None if repair is not None else find_complete(writer.path.parent, writer.header)
+    if there is not None:
+        there.close()
+        return Extraction(there.path, 0, num_items, there.manifest.num_failures, time.perf_counter() - started)
+    if repair is not None:
+        with contextlib.suppress(UsageError):  # a root that is lost is written anew
+            writer.layouts = read_header(repair)[1]  # a compressed store stays one
     starts = range(0, num_items, items_per_unit)
     units = [Unit(number, range(start, min(start + items_per_unit, num_items))) for number, start in enumerate(starts)]
     pending = [unit for unit in units if not writer.is_done(unit.name)]
     num_pending = sum(len(unit.rows) for unit in pending)
-    with tqdm(total=num_items, initial=num_items - num_pending, desc=label, unit=noun) as bar:
-        for encoded, seconds in _timed(encode(pending)):
-            unit = encoded.unit
-            rates = {f"{noun}s_per_s": len(unit.rows) / seconds}
-            writer.commit(unit.name, (unit.rows.start, unit.rows.stop), encoded.shards, encoded.failures, rates)
-            bar.update(len(unit.rows))
+    stream = encode(pending)
+    writer.begin()
+
+    def show(published: Sequence[Receipt]) -> None:
+        bar.update(sum(receipt.rows[1] - receipt.rows[0] for receipt in published))
+
+    bar = tqdm(total=num_items, initial=num_items - num_pending, desc=label, unit=noun)
+    with bar, Commits(writer) as commits:
+        for encoded, seconds in _timed(stream):
+            rows = encoded.unit.rows
+            rates = {f"{noun}s_per_s": len(rows) / seconds}
+            span = (rows.start, rows.stop)
+            show(commits.commit(encoded.unit.name, span, encoded.shards, encoded.failures, rates))
+        show(commits.wait())
     manifest = writer.finish(unit.name for unit in units)
     seconds = time.perf_counter() - started
     return Extraction(writer.path, num_pending, num_items - num_pending, manifest.num_failures, seconds)
@@ -114,31 +140,24 @@ def _timed(encoded: Iterable[EncodedUnit]) -> Iterator[tuple[EncodedUnit, float]
         yield unit, time.perf_counter() - started
 
 
-def recorded_provenance(source: str, num_items: int, store: Path) -> dict[str, Any]:
-    """What is recorded beside a feature store's identity: where its encoder came from, and library versions.
+def recorded_provenance(
+    source: str, samples: StorePath, num_items: int, batch_size: int, store: StorePath
+) -> dict[str, Any]:
+    """What is recorded beside a feature store's identity: where encoder and samples came from, how the work was done.
 
-    A folder is recorded relative to the store, a hub id as it is; `resolve_source` undoes it.
+    An encoder from a folder and the samples store are recorded relative to the store; a hub id stands as it is.
     """
-    return {"encoder": portable_source(source, store), "num_items": num_items, "libraries": library_versions()}
-
-
-def portable_source(source: str, base: Path) -> dict[str, str]:
-    """An encoder's folder or hub id in a form that survives a move of `base` together with the folder."""
-    if Path(source).exists():
-        return {"folder": os.path.relpath(Path(source).resolve(), base.resolve())}
-    return {"hub": source}
-
-
-def move_source(recorded: Mapping[str, str], old_base: Path, new_base: Path) -> dict[str, str]:
-    """A recorded source, relative to another folder. A folder stays a folder, whether it is there now or not."""
-    if "folder" not in recorded:
-        return dict(recorded)
-    return {"folder": os.path.relpath((old_base / recorded["folder"]).resolve(), new_base.resolve())}
-
-
-def resolve_source(recorded: Mapping[str, str], base: Path) -> str:
-    """The folder or hub id of an encoder that was recorded relative to `base`."""
-    return os.path.normpath(base / recorded["folder"]) if "folder" in recorded else recorded["hub"]
+    folder = Path(source)
+    paths = {"encoder": folder} if folder.exists() else {}
+    if isinstance(samples, Path):
+        paths["samples"] = samples
+    return {
+        "encoder": folder.name if folder.exists() else source,
+        "paths": relative_paths(paths, store),
+        "num_items": num_items,
+        "batch_size": batch_size,
+        "libraries": library_versions(),
+    }
 
 
 def library_versions() -> dict[str, str]:

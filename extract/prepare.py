@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cache_schema.atomic import StorePath
 from cache_schema.errors import UsageError, unknown_name
 from cache_schema.fingerprint import digest_file
 from cache_schema.samples import ImageTable, Samples, write_samples
@@ -24,14 +25,14 @@ class PrepareConfig:
 
     dataset: str
     root: Path
-    out: Path
+    out: StorePath
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Where the samples store is, what it holds, and whether it was there already."""
 
-    path: Path
+    path: StorePath
     num_images: int
     num_prompts: int
     num_samples: int

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_schema.errors import UsageError, require_at_least
+from cache_schema.atomic import StorePath
+from cache_schema.errors import UsageError, require_at_least, unknown_name
 from cache_schema.fingerprint import digest_strings
 from cache_schema.layout import ArrayLayout
 from cache_schema.ragged import Offsets, offsets_of
@@ -20,6 +21,7 @@ from extract.encoders.protocols import TextEncoder
 from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, run_job
 
 TOKENS_PER_CHUNK = 32
+DTYPES = ("float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class PromptJobConfig:
         shard_tokens: token features in one shard file.
     """
 
-    samples: Path
-    out: Path
+    samples: StorePath
+    out: StorePath
     dtype: str = "float16"
     batch_size: int = 128
     unit_prompts: int = 1024
@@ -43,13 +45,22 @@ class PromptJobConfig:
         require_at_least(self, 1, "batch_size", "unit_prompts", "shard_tokens")
         if self.shard_tokens % TOKENS_PER_CHUNK:
             raise UsageError(f"shard_tokens is {self.shard_tokens}: give a multiple of {TOKENS_PER_CHUNK}.")
+        if self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
 
 
-def extract_prompts(config: PromptJobConfig, encoder: TextEncoder) -> Extraction:
+def extract_prompts(config: PromptJobConfig, encoder: TextEncoder, *, repair: Path | None = None) -> Extraction:
     """Encode every unique prompt of a samples store, once. Safe to kill, to repeat, and to run twice at once.
 
     A unit of work owns whole files: the pooled features of its own prompts, and every token shard that *begins*
     among its tokens. Where the last of those ends among the prompts of the next unit, these are encoded by both.
+
+    Args:
+        repair: a store of which every file is to be checked against its digest, and made again where it differs.
+
+    Raises:
+        UsageError: the samples store is missing, or a feature does not fit the data type.
+        StoreMismatchError: this job makes another store than the one to repair.
     """
     prompts = open_samples(config.samples).samples.prompts
     token_ids = encoder.tokenize(prompts)
@@ -61,7 +72,7 @@ def extract_prompts(config: PromptJobConfig, encoder: TextEncoder) -> Extraction
             yield EncodedUnit(unit, _encode_unit(config, encoder, token_ids, offsets, unit))
 
     label = f"encoding prompts with {Path(encoder.name).name}"
-    return run_job(writer, len(prompts), config.unit_prompts, encode, label=label, noun="prompt")
+    return run_job(writer, len(prompts), config.unit_prompts, encode, label=label, noun="prompt", repair=repair)
 
 
 def _make_writer(
@@ -99,7 +110,9 @@ def _make_writer(
         "prompts": digest_strings(prompts),
     }
     header = StoreHeader("prompt_features", identity, {})
-    recorded = recorded_provenance(encoder.name, len(prompts), config.out / header.folder_name)
+    recorded = recorded_provenance(
+        encoder.name, config.samples, len(prompts), config.batch_size, config.out / header.folder_name
+    )
     return StoreWriter(config.out, replace(header, recorded=recorded), layouts, static)
 
 

@@ -5,8 +5,11 @@ The order of an epoch depends on (seed, epoch, rank, world size) and on nothing 
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
 from queue import Queue
@@ -24,10 +27,16 @@ from tqdm import tqdm
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from cache_schema.masks import Size
-from heads.inputs import FeatureShapes, HeadInputs
+from cache_schema.reader import RowReader, default_threads
+from heads.inputs import FeatureShapes, StoredInputs
 
-Residency = Literal["ram", "disk", "auto"]
+Residency = Literal["device", "ram", "disk", "auto"]
 T = TypeVar("T")
+
+_NAMES_A_SIDE = re.compile(
+    r"\b(top|bottom|upper|lower|far|mid)?[ -]?(left|right)|clockwise|\bo['\u2019]?clock", re.IGNORECASE
+)
+"""What a prompt says that is no longer true of the mirrored image."""
 
 
 def feature_shapes(cache: FeatureCache) -> FeatureShapes:
@@ -44,10 +53,30 @@ def feature_shapes(cache: FeatureCache) -> FeatureShapes:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What a batch is made of: (b,) rows of the samples store, and the (b,) views their images are looked at in."""
+
+    samples: NDArray[np.int64]
+    views: NDArray[np.int64]
+
+    @classmethod
+    def whole(cls, samples: NDArray[np.int64]) -> Draw:
+        """Samples with their whole images."""
+        return cls(samples, np.zeros_like(samples))
+
+    def cut(self, batch_size: int) -> list[Draw]:
+        """This draw in batches; the last may be smaller."""
+        starts = range(0, len(self.samples), batch_size)
+        return [
+            Draw(self.samples[start : start + batch_size], self.views[start : start + batch_size]) for start in starts
+        ]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Inputs and targets of b prompts; `samples` are their rows in the samples store. Targets are 0 x 0 unless kept."""
 
-    inputs: HeadInputs
+    inputs: StoredInputs
     targets: Float[Tensor, "b h w"]
     samples: NDArray[np.int64]
 
@@ -59,8 +88,11 @@ class CachedSplit:
         target_size: (H, W) at which targets are kept, bit-packed, decoded from their run lengths once; None for a
             split whose targets nobody asks for.
         layers: cached layers to load; all by default.
-        residency: `"ram"` reads every feature at the start, `"disk"` at each batch, `"auto"` takes RAM if the features
-            fill at most half of what is free. Same order and same values either way.
+        residency: `"device"` keeps every feature on `device`, `"ram"` in memory, `"disk"` reads at each batch; `"auto"`
+            takes the first of them where the features fill at most half of what is free. Same order and same values
+            in each.
+        device: where batches will be used. For a CUDA device they are laid into pinned memory.
+        all_views: draw images in every cached view, for training; otherwise as a whole.
     """
 
     def __init__(
@@ -70,6 +102,8 @@ class CachedSplit:
         target_size: Size | None,
         layers: Sequence[str] | None = None,
         residency: Residency = "auto",
+        device: torch.device | str = "cpu",
+        all_views: bool = False,
     ) -> None:
         samples = cache.samples.samples
         self.samples = cache.usable_samples(split)
@@ -79,27 +113,24 @@ class CachedSplit:
         self._place_of_sample = {sample: place for place, sample in enumerate(self.samples.tolist())}
         self._image_of = cache.image_rows[samples.image_rows[self.samples]]
         self._prompt_of = cache.prompt_rows[samples.prompt_rows[self.samples]]
-        self._targets = None if target_size is None else _pack_targets(cache, self.samples, target_size, split)
+        self._num_views = len(cache.images.view_specs) if all_views else 1
+        self._allowed = _allowed_views(cache, self.samples, self._image_of, self._num_views)
+        self._targets = None
+        if target_size is not None:
+            self._targets = _pack_targets(cache, self.samples, self._image_of, self._num_views, target_size, split)
         self._offsets = torch.from_numpy(cache.prompts.offsets)
         self._tokens = torch.from_numpy(cache.prompts.tokens())
         self._pooled = torch.from_numpy(cache.prompts.pooled())
-        layers = tuple(layers or cache.images.layers)
-        self._grids = {layer: cache.images.features(layer) for layer in layers}
-        self._cls = {layer: cache.images.cls(layer) for layer in layers}
-        self._resident: dict[str, tuple[Tensor, Tensor]] = {}
-        self._resident_row = np.full(len(cache.images.ids), -1, np.int64)
-        rows = np.unique(self._image_of)
-        needed_bytes = sum(len(rows) * reader.layout.row_bytes for reader in self._grids.values())
-        if residency == "ram" or (residency == "auto" and needed_bytes <= psutil.virtual_memory().available // 2):
-            self._resident_row[rows] = np.arange(len(rows))
-            for layer in layers:
-                grid, cls = self._grids[layer].read(rows), self._cls[layer].read(rows)
-                self._resident[layer] = torch.from_numpy(grid), torch.from_numpy(cls)
-                self._grids[layer].close()
-                self._cls[layer].close()
+        rows = np.unique(self._image_of[:, None] + np.arange(self._num_views))
+        self._arrays = _Arrays(cache, tuple(layers or cache.images.layers), rows, residency, torch.device(device))
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def residency(self) -> Residency:
+        """Where the features are."""
+        return self._arrays.residency
 
     def epoch(
         self,
@@ -110,11 +141,13 @@ class CachedSplit:
         prompts_per_image: int = 8,
         rank: int = 0,
         world_size: int = 1,
-    ) -> list[NDArray[np.int64]]:
-        """The batches of one training epoch, as rows of the samples store.
+    ) -> list[Draw]:
+        """The batches of one training epoch.
 
         The prompts of an image are shuffled and dealt in hands of `prompts_per_image`, so that prompts of one hand
-        share one read; the hands are shuffled and cut into batches. Every rank gets the same number of batches.
+        share one read; the hands are shuffled and cut into batches. Every rank gets the same number of batches. Each
+        image is looked at in one view, drawn anew in each epoch; a prompt that names a side is never asked of a
+        mirrored image.
         """
         rng = np.random.default_rng([seed, epoch])
         shuffled = rng.permutation(len(self.samples))
@@ -126,57 +159,166 @@ class CachedSplit:
             for start in range(0, len(prompts), prompts_per_image)
         ]
         dealt = np.concatenate([hands[index] for index in rng.permutation(len(hands))])
-        batches = [self.samples[dealt[start : start + batch_size]] for start in range(0, len(dealt), batch_size)]
+        batches = Draw(self.samples[dealt], self._draw_views(seed, epoch)[dealt]).cut(batch_size)
         batches += islice(cycle(batches), -len(batches) % world_size)
         return batches[rank::world_size]
 
-    def in_order(self, batch_size: int) -> list[NDArray[np.int64]]:
-        """Every sample once, those of one image side by side."""
-        ordered = self.samples[np.argsort(self._image_of, kind="stable")]
-        return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    def in_order(self, batch_size: int) -> list[Draw]:
+        """Every sample once, with its whole image, those of one image side by side."""
+        return Draw.whole(self.samples[np.argsort(self._image_of, kind="stable")]).cut(batch_size)
 
-    def load(self, samples: NDArray[np.int64]) -> Batch:
+    def load(self, draw: Draw) -> Batch:
         """Inputs and targets of some samples of this split, in that order. Features stay in their stored data type."""
-        places = np.array([self._place_of_sample[sample] for sample in samples.tolist()])
-        images, image_index = np.unique(self._image_of[places], return_inverse=True)
+        places = np.array([self._place_of_sample[sample] for sample in draw.samples.tolist()])
+        rows, image_index = np.unique(self._image_of[places] + draw.views, return_inverse=True)
         prompts = torch.from_numpy(self._prompt_of[places])
         starts, stops = self._offsets[prompts], self._offsets[prompts + 1]
         lengths = stops - starts
         steps = torch.arange(int(lengths.max()))
         mask = steps < lengths[:, None]
         tokens = self._tokens[(starts[:, None] + steps).clamp(max=len(self._tokens) - 1)] * mask[..., None]
-        features, cls = {}, {}
-        for layer in self._grids:
-            features[layer], cls[layer] = self._read(layer, images)
-        inputs = HeadInputs(features, cls, tokens, mask, self._pooled[prompts], torch.from_numpy(image_index))
-        return Batch(inputs, self._unpack_targets(places), samples)
+        inputs = StoredInputs(
+            features=self._arrays.load("features", rows),
+            scale=self._arrays.load("scale", rows),
+            cls=self._arrays.load("cls", rows),
+            prompt_tokens=tokens,
+            prompt_mask=mask,
+            pooled=self._pooled[prompts],
+            image_index=torch.from_numpy(image_index),
+        )
+        return Batch(inputs, self._unpack_targets(places, draw.views), draw.samples)
 
-    def _unpack_targets(self, places: NDArray[np.int64]) -> Tensor:
+    def _draw_views(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """(S,) the view of each sample's image in one epoch: one for all prompts of an image, where they allow it."""
+        images, image_of = np.unique(self._image_of, return_inverse=True)
+        drawn = np.random.default_rng([seed, epoch, 1]).integers(self._num_views, size=len(images))[image_of]
+        return np.where(self._allowed[np.arange(len(drawn)), drawn], drawn, 0)
+
+    def _unpack_targets(self, places: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
         if self._targets is None or self.target_size is None:
             return torch.empty(len(places), 0, 0)
         height, width = self.target_size
-        bits = np.unpackbits(self._targets[places], axis=1, count=height * width)
+        bits = np.unpackbits(self._targets[places, views], axis=1, count=height * width)
         return torch.from_numpy(bits).view(-1, height, width).float()
 
-    def _read(self, layer: str, images: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        if layer in self._resident:
-            rows = torch.from_numpy(self._resident_row[images])
-            grid, cls = self._resident[layer]
-            return grid[rows], cls[rows]
-        return torch.from_numpy(self._grids[layer].read(images)), torch.from_numpy(self._cls[layer].read(images))
+
+class _Arrays:
+    """The arrays of some rows of an image-feature store, wherever they are kept."""
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        layers: Sequence[str],
+        rows: NDArray[np.int64],
+        residency: Residency,
+        device: torch.device,
+    ) -> None:
+        images = cache.images
+        scales = {layer: images.scale(layer) for layer in layers}
+        self._readers: dict[str, dict[str, RowReader]] = {
+            "features": {layer: images.features(layer) for layer in layers},
+            "scale": {layer: reader for layer, reader in scales.items() if reader is not None},
+            "cls": {layer: images.cls(layer) for layer in layers},
+        }
+        readers = [reader for kind in self._readers.values() for reader in kind.values()]
+        needed_bytes = sum(len(rows) * reader.layout.row_bytes for reader in readers)
+        self.residency = _choose_residency(needed_bytes, device) if residency == "auto" else residency
+        self._pinned = device.type == "cuda" and self.residency != "device"
+        self._resident: dict[str, dict[str, Tensor]] = {}
+        if self.residency != "disk":
+            self._place_of_row = np.full(len(images.ids), -1, np.int64)
+            self._place_of_row[rows] = np.arange(len(rows))
+            home = device if self.residency == "device" else torch.device("cpu")
+            for kind, of_layer in self._readers.items():
+                self._resident[kind] = {layer: _read(reader, rows).to(home) for layer, reader in of_layer.items()}
+            for reader in readers:
+                reader.close()
+
+    def load(self, kind: str, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Rows of every layer's array of one kind (features, scale or cls)."""
+        if self.residency == "disk":
+            return {layer: _read(reader, rows, self._pinned) for layer, reader in self._readers[kind].items()}
+        places = torch.from_numpy(self._place_of_row[rows])
+        return {layer: self._gather(tensor, places) for layer, tensor in self._resident[kind].items()}
+
+    def _gather(self, tensor: Tensor, places: Tensor) -> Tensor:
+        if not self._pinned:
+            return tensor.index_select(0, places.to(tensor.device))
+        out = _empty((len(places), *tensor.shape[1:]), tensor.dtype, pinned=True)
+        return torch.index_select(tensor, 0, places, out=out)
 
 
-def _pack_targets(cache: FeatureCache, rows: NDArray[np.int64], size: Size, split: str) -> NDArray[np.uint8]:
-    """(S, ceil(h * w / 8)) bit-packed targets: a cell is set where the mask covers at least half of it."""
+def _read(reader: RowReader, rows: NDArray[np.int64], pinned: bool = False) -> Tensor:
+    """Rows of an array, read straight into a tensor."""
+    tensor = _empty((len(rows), *reader.shape[1:]), torch.from_numpy(np.empty(0, reader.dtype)).dtype, pinned)
+    reader.read(rows, out=tensor.numpy())
+    return tensor
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """A tensor to be filled. numpy asks for huge pages, which torch does not, so that its memory is ready sooner."""
+    if pinned:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
+def _choose_residency(needed_bytes: int, device: torch.device) -> Residency:
+    """The fastest place that features fit into with as much to spare."""
+    if device.type == "cuda" and needed_bytes <= torch.cuda.mem_get_info(device)[0] // 2:
+        return "device"
+    return "ram" if needed_bytes <= psutil.virtual_memory().available // 2 else "disk"
+
+
+def _allowed_views(
+    cache: FeatureCache, samples: NDArray[np.int64], image_of: NDArray[np.int64], num_views: int
+) -> NDArray[np.bool_]:
+    """(S, K) in which views a sample's image may be shown: it could be encoded, and what the prompt says stays true."""
+    task = cache.samples.samples
+    allowed = cache.images.valid[image_of[:, None] + np.arange(num_views)]
+    if num_views > 1:
+        names_a_side = np.array([bool(_NAMES_A_SIDE.search(task.prompts[row])) for row in task.prompt_rows[samples]])
+        mirrored = np.array([spec.endswith("flip") for spec in cache.images.view_specs])
+        allowed &= ~(names_a_side[:, None] & mirrored)
+    return allowed
+
+
+def _pack_targets(
+    cache: FeatureCache,
+    rows: NDArray[np.int64],
+    image_of: NDArray[np.int64],
+    num_views: int,
+    size: Size,
+    split: str,
+) -> NDArray[np.uint8]:
+    """(S, K, ceil(h * w / 8)) bit-packed targets: a cell is set where the mask covers at least half of it."""
     samples = cache.samples.samples
-    packed = np.empty((len(rows), -(-size[0] * size[1] // 8)), np.uint8)
-    for place, row in enumerate(
-        tqdm(rows.tolist(), desc=f"packing {split} targets", unit="mask", mininterval=1, delay=1)
-    ):
-        mask = torch.from_numpy(samples.target(row)).float()
-        cells = F.interpolate(mask[None, None], size=size, mode="area")[0, 0] >= 0.5
-        packed[place] = np.packbits(cells.numpy())
+    packed = np.empty((len(rows), num_views, -(-size[0] * size[1] // 8)), np.uint8)
+
+    def pack(place: int) -> None:
+        mask = samples.target(int(rows[place]))
+        for view in range(num_views):
+            seen = cache.images.views[image_of[place] + view].apply_to_mask(mask) if view else mask
+            cells = F.interpolate(torch.from_numpy(seen.astype(np.float32))[None, None], size=size, mode="area")
+            packed[place, view] = np.packbits(cells[0, 0].numpy() >= 0.5)
+
+    with ThreadPoolExecutor(default_threads(), thread_name_prefix="targets") as pool:
+        shown = tqdm(total=len(rows), desc=f"packing {split} targets", unit="mask", mininterval=1, delay=1)
+        for _ in pool.map(pack, range(len(rows)), chunksize=64):
+            shown.update()
+        shown.close()
     return packed
+
+
+def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Each item with the seconds that were spent waiting for it."""
+    iterator = iter(items)
+    while True:
+        started = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - started
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from cache_schema.errors import unknown_name
@@ -65,17 +65,37 @@ class HeadInputs:
 
     def to(self, device: torch.device | str) -> HeadInputs:
         """The same inputs in float32 on a device."""
+        stored = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return StoredInputs(scale={}, **stored).to(device)
+
+
+@dataclass(frozen=True)
+class StoredInputs:
+    """`HeadInputs` as a cache keeps them: in the stored data type, int8 token grids with a scale for each token."""
+
+    features: Mapping[str, Shaped[Tensor, "i _ _ _"]]
+    scale: Mapping[str, Float[Tensor, "i _ _"]]
+    cls: Mapping[str, Float[Tensor, "i _"]]
+    prompt_tokens: Float[Tensor, "b l e"]
+    prompt_mask: Bool[Tensor, "b l"]
+    pooled: Float[Tensor, "b p"]
+    image_index: Int[Tensor, " b"]
+
+    def to(self, device: torch.device | str) -> HeadInputs:
+        """What a head takes: float32 on a device. Fewer bytes travel: the data type changes after the move."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, torch.float32, non_blocking=True)
+            return tensor.to(device, non_blocking=True).float()
 
+        features = {layer: move(tensor) for layer, tensor in self.features.items()}
         return HeadInputs(
-            features={layer: move(tensor) for layer, tensor in self.features.items()},
+            features=features
+            | {layer: features[layer] * move(scale)[..., None] for layer, scale in self.scale.items()},
             cls={layer: move(tensor) for layer, tensor in self.cls.items()},
             prompt_tokens=move(self.prompt_tokens),
-            prompt_mask=self.prompt_mask.to(device),
+            prompt_mask=self.prompt_mask.to(device, non_blocking=True),
             pooled=move(self.pooled),
-            image_index=self.image_index.to(device),
+            image_index=self.image_index.to(device, non_blocking=True),
         )
 
 

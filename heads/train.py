@@ -34,7 +34,7 @@ from cache_schema.features import FeatureCache
 from cache_schema.fingerprint import fingerprint
 from cache_schema.masks import Size
 from heads.checkpoint import HeadSpec, save_head
-from heads.data import CachedSplit, Residency, feature_shapes, prefetch
+from heads.data import CachedSplit, Draw, Residency, feature_shapes, prefetch, timed
 from heads.losses import TERMS, mask_loss, resize_logits
 
 MIXED_PRECISIONS = ("no", "bf16")
@@ -142,8 +142,9 @@ def train(
     if (run_dir / "training.json").is_file():
         return Training(run_dir, reused=True, **json.loads((run_dir / "training.json").read_bytes()))
 
-    train_split = CachedSplit(cache, config.train_split, config.target_size, head.layers, residency)
-    val_split = CachedSplit(cache, config.val_split, config.target_size, head.layers, residency)
+    device, size = accelerator.device, config.target_size
+    train_split = CachedSplit(cache, config.train_split, size, head.layers, residency, device, all_views=True)
+    val_split = CachedSplit(cache, config.val_split, size, head.layers, residency, device)
     steps_per_epoch = len(_epoch(config, train_split, 0, accelerator))
     num_steps = config.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(
@@ -163,12 +164,13 @@ def train(
     while progress.step < num_steps and not _is_exhausted(progress, config):
         epoch, first = divmod(progress.step, steps_per_epoch)
         order = _epoch(config, train_split, epoch, accelerator)[first:]
-        for batch in prefetch(train_split.load(samples) for samples in order):
+        for batch, waited_s in timed(prefetch(train_split.load(draw) for draw in order)):
+            step_started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * learning_rate_share(progress.step, num_steps, config.warmup)
             with accelerator.autocast():
-                outputs = model(batch.inputs.to(accelerator.device))
-                loss = mask_loss(outputs.mask_logits, batch.targets.to(accelerator.device), config.loss)
+                outputs = model(batch.inputs.to(device))
+                loss = mask_loss(outputs.mask_logits, batch.targets.to(device), config.loss)
             if not torch.isfinite(loss):
                 raise UsageError(
                     f"the loss of {config.head} is {loss.item()} at step {progress.step + 1}: "
@@ -181,6 +183,8 @@ def train(
             progress.step += 1
             progress.loss_sum += loss.item()
             progress.loss_count += 1
+            progress.data_wait_s += waited_s
+            progress.train_s += waited_s + time.perf_counter() - step_started
             bar.update()
             if progress.step % config.checkpoint_steps == 0 and progress.step % steps_per_epoch:
                 progress.elapsed_s = time.perf_counter() - started
@@ -192,6 +196,8 @@ def train(
             "train_loss": progress.loss_sum / progress.loss_count,
             **validate(model, val_split, config, accelerator),
             "learning_rate": optimizer.param_groups[0]["lr"],
+            "train_s": round(progress.train_s, 3),
+            "data_wait_s": round(progress.data_wait_s, 3),
             "elapsed_s": round(time.perf_counter() - started, 3),
         }
         accelerator.log({key: value for key, value in entry.items() if isinstance(value, float)}, step=progress.step)
@@ -251,7 +257,7 @@ def validate(model: nn.Module, split: CachedSplit, config: TrainConfig, accelera
     """
     model.eval()
     loss, ious, intersections, unions = 0.0, [], 0, 0
-    for batch in prefetch(split.load(samples) for samples in split.in_order(config.batch_size)):
+    for batch in prefetch(split.load(draw) for draw in split.in_order(config.batch_size)):
         logits = model(batch.inputs.to(accelerator.device)).mask_logits
         targets = batch.targets.to(accelerator.device)
         loss += float(mask_loss(logits, targets, config.loss)) * len(targets)
@@ -277,12 +283,14 @@ def _overlap(predicted: Tensor, truth: Tensor) -> tuple[Float[Tensor, " b"], Flo
 
 @dataclass
 class _Progress:
-    """How far a run is. Losses are summed since the last validation; `history` holds every validation."""
+    """How far a run is. Losses and seconds are summed since the last validation; `history` holds every validation."""
 
     step: int = 0
     elapsed_s: float = 0.0
     loss_sum: float = 0.0
     loss_count: int = 0
+    train_s: float = 0.0
+    data_wait_s: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -290,7 +298,7 @@ class _Progress:
         return max(self.history, key=lambda entry: entry["val_mean_iou"])
 
 
-def _epoch(config: TrainConfig, split: CachedSplit, epoch: int, accelerator: Accelerator) -> list[Any]:
+def _epoch(config: TrainConfig, split: CachedSplit, epoch: int, accelerator: Accelerator) -> list[Draw]:
     return split.epoch(
         seed=config.seed,
         epoch=epoch,

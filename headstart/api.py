@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from cache_schema.atomic import StorePath, parse_path
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from evaluate.evaluation import evaluate_runs
@@ -25,25 +24,26 @@ RunLike = Training | Path | str
 
 
 def open_cache(
-    stores: Path | str,
+    stores: StorePath | str,
     *,
-    samples: Path | str | None = None,
-    images: Path | str | None = None,
-    prompts: Path | str | None = None,
+    samples: StorePath | str | None = None,
+    images: StorePath | str | None = None,
+    prompts: StorePath | str | None = None,
     image_dir: Path | str | None = None,
 ) -> FeatureCache:
     """Open the samples store, image features and prompt features under a folder, joined.
 
     Args:
-        stores: a folder with one store of each kind; where it has more, name the one you mean.
+        stores: a folder with one store of each kind, or a remote one such as s3://bucket/stores; where it has more,
+            name the one you mean.
         image_dir: where the image files lie, if they were moved since the samples store was written.
 
     Raises:
         UsageError: a store is missing, incomplete, ambiguous, or does not match the others.
     """
-    named = {"samples": samples, "images": images, "prompts": prompts, "image_dir": image_dir}
-    paths = {name: Path(path) for name, path in named.items() if path is not None}
-    return find_stores(Path(stores), **paths).open()
+    named = {"samples": samples, "images": images, "prompts": prompts}
+    paths = {name: parse_path(path) for name, path in named.items() if path is not None}
+    return find_stores(parse_path(stores), **paths, image_dir=None if image_dir is None else Path(image_dir)).open()
 
 
 def train(
@@ -115,8 +115,14 @@ def load(run: RunLike, *, checkpoint: str = "best", device: str = "auto") -> Pre
     config = read_run_config(run_dir, "encoders")
     _, head = load_head(run_dir / checkpoint)
     image_encoder, text_encoder = load_recorded_encoders(run_dir, config, device)
-    dtype = getattr(torch, config["encoders"]["image"]["dtype"])
-    return Predictor(head.to(pick_device(device)), image_encoder, text_encoder, dtype=dtype)
+    dtypes = {side: config["encoders"][side]["dtype"] for side in ("image", "text")}
+    return Predictor(
+        head.to(pick_device(device)),
+        image_encoder,
+        text_encoder,
+        image_dtype=dtypes["image"],
+        text_dtype=dtypes["text"],
+    )
 
 
 def _run_dir(run: RunLike) -> Path:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
+from cache_schema.atomic import StorePath
 from cache_schema.errors import UsageError
-from cache_schema.receipts import Receipt
-from cache_schema.store import open_store, read_header
-from headstart.stores import list_stores
+from cache_schema.store import StoreHeader, open_container, open_store
+from headstart.stores import find_all
+
+_ROWS_OF = {"samples": "sample/no_target", "image_features": "valid", "prompt_features": "pooled"}
+"""An array with as many rows as the store has samples, views or prompts."""
 
 
-def describe_stores(path: Path) -> list[dict[str, Any]]:
+def describe_stores(path: StorePath) -> list[dict[str, Any]]:
     """One description for the store at `path`, or for every store in the folder.
 
     Raises:
         UsageError: there is no store.
     """
-    paths = [path] if path.name.endswith(".zarr") else list_stores(path)
-    if not paths:
-        raise UsageError(f"{path} holds no store; name the folder that `headstart extract` wrote to.")
-    return [describe_store(store) for store in paths]
+    return [describe_store(store) for store in find_all(path)]
 
 
-def describe_store(path: Path) -> dict[str, Any]:
+def describe_store(path: StorePath) -> dict[str, Any]:
     """Kind, fingerprint, origin, arrays, size and completeness of one store."""
     try:
-        header, layouts = read_header(path)
-        receipts = [Receipt.read(receipt) for receipt in sorted((path / "receipts").glob("*.json"))]
+        container = open_container(path)
+        header, layouts = StoreHeader.parse(container.read_bytes("zarr.json"), path)
+        receipts = [container.receipt(name) for name in container.receipt_names()]
     except UsageError as error:
         return {"path": str(path), "kind": None, "complete": False, "problem": str(error)}
     problem = None
@@ -53,6 +55,7 @@ def describe_store(path: Path) -> dict[str, Any]:
             {"id": failure.id, "reason": failure.reason} for receipt in receipts for failure in receipt.failures
         ],
         "arrays": arrays,
+        "num_rows": layouts[_ROWS_OF[header.kind]].num_rows,
         "identity": identity,
         "recorded": header.recorded,
     }
@@ -76,6 +79,21 @@ def print_description(description: dict[str, Any]) -> None:
     print(f"  {len(failures)} failures" + "".join(f"\n    {f['id']}: {f['reason']}" for f in failures[:10]))
 
 
+def stores_table(described: Sequence[dict[str, Any]]) -> str:
+    """One line for each store, for people."""
+    lines = [f"{'store':36} {'rows':>9} {'MB':>10}  {'from':28} state"]
+    for store in described:
+        name = PurePath(store["path"]).name
+        if store["kind"] is None:
+            lines.append(f"{name:36} {'-':>9} {'-':>10}  {'-':28} not readable")
+            continue
+        origin = store["identity"].get("dataset") or store["recorded"]["encoder"]
+        failures = f", {len(store['failures'])} failures" if store["failures"] else ""
+        state = ("complete" if store["complete"] else "NOT COMPLETE") + failures
+        lines.append(f"{name:36} {store['num_rows']:>9} {store['num_bytes'] / 1e6:>10.1f}  {origin:28} {state}")
+    return "\n".join(lines)
+
+
 def _origin(description: dict[str, Any]) -> list[tuple[str, str]]:
     identity, recorded = description["identity"], description["recorded"]
     if description["kind"] == "samples":
@@ -83,10 +101,11 @@ def _origin(description: dict[str, Any]) -> list[tuple[str, str]]:
         return [("dataset", identity["dataset"]), ("sources", sources), ("splits", ", ".join(identity["splits"]))]
     encoder = identity["encoder"]
     origin = [
-        ("encoder", f"{encoder['class']} from {', '.join(recorded['encoder'].values())}"),
+        ("encoder", f"{encoder['class']} from {recorded['encoder']}"),
         ("weights", encoder["weights"][:12]),
     ]
     if "preprocessing" in encoder:
         height, width = encoder["preprocessing"]["input_size"]
         origin += [("input size", f"{height} x {width}"), ("layers", ", ".join(encoder["layers"]))]
+        origin.append(("views", ", ".join(identity["views"])))
     return [*origin, ("libraries", ", ".join(f"{name} {version}" for name, version in recorded["libraries"].items()))]

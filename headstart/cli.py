@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from cache_schema.errors import UsageError
-from headstart.commands import CacheInfo, Command, Demo, Evaluate, Extract, Predict, Prepare, Train, Wanting
+from headstart.commands import CACHE_COMMANDS, COMMANDS, Command, Wanting
 
 DONE, WANTING, MISTAKE, FAULT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -33,6 +33,9 @@ _USERS_ERRNOS = {
     errno.ENOSPC,
 }
 """What the system answers where a place was named that cannot be read or written."""
+
+_REMOTE_LIBRARIES = {"botocore", "aiohttp", "gcsfs", "adlfs", "azure", "google"}
+"""Libraries that speak with remote stores: what they raise is about addresses and credentials."""
 
 DESCRIPTION = """\
 Encode every image and prompt once; train text-prompted segmentation heads on the cached features in minutes.
@@ -63,11 +66,12 @@ def run(argv: Sequence[str]) -> int:
 
 def _make_app() -> tyro.extras.SubcommandApp:
     cache = tyro.extras.SubcommandApp()
-    cache.command(name="info")(CacheInfo)
+    for name, command in CACHE_COMMANDS.items():
+        cache.command(name=name)(command)
     app = tyro.extras.SubcommandApp()
-    for command in (Demo, Prepare, Extract, Train, Evaluate, Predict):
-        app.command(name=command.__name__.lower())(command)
-    app.command(cache, name="cache", help="Look into stores.")
+    for name, command in COMMANDS.items():
+        app.command(name=name)(command)
+    app.command(cache, name="cache", help="Look into stores, check, repair, convert and clear them.")
     return app
 
 
@@ -84,6 +88,11 @@ def _run(command: Command) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {error.filename}" if error.filename else ""
+            remedy = "make room and run the same command again to go on."
+            print(f"headstart: there is no room{where}; {remedy}", file=sys.stderr)
+            return MISTAKE
         if error.filename is None or error.errno not in _USERS_ERRNOS:
             return _report_fault()
         print(f"headstart: {error.filename}: {error.strerror}; name another place, or mend this one.", file=sys.stderr)
@@ -91,8 +100,11 @@ def _run(command: Command) -> int:
     except KeyboardInterrupt:
         print("\nheadstart: interrupted; run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
-    except Exception:  # noqa: BLE001  the outermost frame: whatever was not foreseen is ours to mend
-        return _report_fault()
+    except Exception as error:  # noqa: BLE001  the outermost frame: whatever was not foreseen is ours to mend
+        if type(error).__module__.partition(".")[0] not in _REMOTE_LIBRARIES:
+            return _report_fault()
+        print(f"headstart: a remote store cannot be reached ({error}); mend address or credentials.", file=sys.stderr)
+        return MISTAKE
     if command.json:
         print(json.dumps(result, indent=1, sort_keys=True))
     return WANTING if isinstance(result, Wanting) else DONE

@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from cache_schema.atomic import StorePath, parse_path
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache, open_cache
-from cache_schema.store import StoreKind
+from cache_schema.hdf5 import SUFFIX as HDF5_SUFFIX
+from cache_schema.store import ZARR_SUFFIX, StoreKind, relative_paths
 from heads.train import read_run_config
+
+STORE_SUFFIXES = (ZARR_SUFFIX, HDF5_SUFFIX)
 
 
 @dataclass(frozen=True)
 class StorePaths:
     """One store of each kind, and where the image files lie if they were moved."""
 
-    samples: Path
-    images: Path
-    prompts: Path
+    samples: StorePath
+    images: StorePath
+    prompts: StorePath
     image_dir: Path | None = None
 
     def open(self) -> FeatureCache:
@@ -32,11 +36,11 @@ class StorePaths:
 
 
 def find_stores(
-    folder: Path,
+    folder: StorePath,
     *,
-    samples: Path | None = None,
-    images: Path | None = None,
-    prompts: Path | None = None,
+    samples: StorePath | None = None,
+    images: StorePath | None = None,
+    prompts: StorePath | None = None,
     image_dir: Path | None = None,
 ) -> StorePaths:
     """The stores that are named, and for those that are not, the only one of its kind under `folder`.
@@ -50,18 +54,17 @@ def find_stores(
     return StorePaths(found["samples"], found["image_features"], found["prompt_features"], image_dir)
 
 
-def find_samples(path: Path) -> Path:
+def find_samples(path: StorePath) -> StorePath:
     """The samples store at `path`, or the only one in that folder.
 
     Raises:
         UsageError: there is none, or more than one.
     """
-    return (
-        path if (path / "zarr.json").is_file() else _only_store(path, "samples", "its own path instead of the folder's")
-    )
+    is_store = path.suffix in STORE_SUFFIXES
+    return path if is_store else _only_store(path, "samples", "its own path instead of the folder's")
 
 
-def list_stores(folder: Path) -> list[Path]:
+def list_stores(folder: StorePath) -> list[StorePath]:
     """Every store under a folder, complete or not.
 
     Raises:
@@ -71,13 +74,28 @@ def list_stores(folder: Path) -> list[Path]:
         raise UsageError(
             f"no folder at {folder}; name one with stores, as `headstart prepare` and `headstart extract` write them."
         )
-    return sorted(path for kind in get_args(StoreKind) for path in folder.glob(f"{kind}-*.zarr"))
+    found = {path.name for kind in get_args(StoreKind) for path in folder.glob(f"{kind}-*")}
+    return [folder / name for name in sorted(found) if name.endswith(STORE_SUFFIXES)]
+
+
+def find_all(path: StorePath) -> list[StorePath]:
+    """The store at `path`, or every store in that folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    paths = [path] if path.suffix in STORE_SUFFIXES else list_stores(path)
+    if not paths:
+        raise UsageError(f"{path} holds no store; name the folder that `headstart extract` wrote to.")
+    return paths
 
 
 def record_stores(paths: StorePaths, run_dir: Path) -> dict[str, str]:
     """Store paths relative to a run folder, so that both may be moved together."""
     named = {"samples": paths.samples, "images": paths.images, "prompts": paths.prompts}
-    return {name: os.path.relpath(path.resolve(), run_dir.resolve()) for name, path in named.items()}
+    local = {name: path for name, path in named.items() if isinstance(path, Path)}
+    remote = {name: str(path) for name, path in named.items() if not isinstance(path, Path)}
+    return {**relative_paths(local, run_dir), **remote}
 
 
 def stores_of_run(run_dir: Path) -> StorePaths:
@@ -87,11 +105,18 @@ def stores_of_run(run_dir: Path) -> StorePaths:
         UsageError: the folder is no run folder.
     """
     recorded = read_run_config(run_dir, "store_paths")["store_paths"]
-    return StorePaths(**{name: Path(os.path.normpath(run_dir / path)) for name, path in recorded.items()})
+    samples, images, prompts = (_recorded_store(run_dir, recorded[name]) for name in ("samples", "images", "prompts"))
+    return StorePaths(samples, images, prompts)
 
 
-def _only_store(folder: Path, kind: str, option: str) -> Path:
-    found = [path for path in list_stores(folder) if path.name.startswith(kind)]
+def _recorded_store(run_dir: Path, recorded: str) -> StorePath:
+    path = parse_path(recorded)
+    return Path(os.path.normpath(run_dir.resolve() / path)) if isinstance(path, Path) else path
+
+
+def _only_store(folder: StorePath, kind: str, option: str) -> StorePath:
+    of_kind = [path for path in list_stores(folder) if path.name.startswith(kind)]
+    found = list({path.stem: path for path in of_kind}.values())  # one store in two containers is one store
     if not found:
         job = "prepare" if kind == "samples" else "extract"
         raise UsageError(f"{folder} holds no store of {kind}; make one with `headstart {job}`, or name another folder.")

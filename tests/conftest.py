@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 NUM_IMAGES = 24
 PROMPTS_PER_IMAGE = 4
 LAYERS = ("1", "last")
+VIEWS = ("whole", "flip", "crop-0.7", "scale-0.8+flip")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -116,3 +117,27 @@ def run(workspace: Path, feature_cache: FeatureCache) -> Training:
     from headstart import api
 
     return api.train("linear", feature_cache, workspace / "runs", settings={"epochs": 2, "target_size": [16, 24]})
+
+
+@pytest.fixture(scope="session")
+def int8_cache(
+    workspace: Path, samples_path: Path, image_encoder: VisionTransformerEncoder, prompt_extraction: Extraction
+) -> FeatureCache:
+    """The same images in int8, each encoded by itself, with the same prompts."""
+    from cache_schema.features import open_cache
+    from extract.image_job import ImageJobConfig, extract_images
+
+    config = ImageJobConfig(samples_path, workspace / "int8", dtype="int8", batch_size=1, shard_rows=8)
+    return open_cache(samples_path, extract_images(config, image_encoder).path, prompt_extraction.path)
+
+
+@pytest.fixture(scope="session")
+def views_cache(
+    workspace: Path, samples_path: Path, image_encoder: VisionTransformerEncoder, prompt_extraction: Extraction
+) -> FeatureCache:
+    """The same images in four views each, in shards that cut between the views of an image, with the same prompts."""
+    from cache_schema.features import open_cache
+    from extract.image_job import ImageJobConfig, extract_images
+
+    config = ImageJobConfig(samples_path, workspace / "views", shard_rows=10, views=VIEWS)
+    return open_cache(samples_path, extract_images(config, image_encoder).path, prompt_extraction.path)

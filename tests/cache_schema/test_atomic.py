@@ -9,8 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
 from cache_schema import atomic
+from cache_schema.errors import UsageError
 
 
 def everything_under(folder: Path) -> set[str]:
@@ -214,3 +216,40 @@ def test_removing_a_folder_never_reaches_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "folder" / "link").symlink_to(tmp_path / "precious")
     atomic.remove(tmp_path / "folder")
     assert everything_under(tmp_path) == {"precious", "precious/file"}
+
+
+# Remote files
+
+
+def test_a_path_with_a_scheme_is_remote_and_any_other_is_of_this_machine(tmp_path: Path) -> None:
+    assert atomic.parse_path(str(tmp_path)) == tmp_path
+    assert isinstance(atomic.parse_path("features/a.zarr"), Path)
+    assert atomic.parse_path(tmp_path) is tmp_path
+    remote = atomic.parse_path("memory://bucket/a.zarr")
+    assert isinstance(remote, UPath)
+    assert not isinstance(remote, Path)
+    assert atomic.parse_path(remote) is remote
+    assert str(remote / "b").endswith("bucket/a.zarr/b")
+
+
+@pytest.mark.parametrize("text", ["nosuchscheme://bucket/a.zarr", "s4://a"])
+def test_a_scheme_that_nobody_speaks_is_the_users_mistake(text: str) -> None:
+    with pytest.raises(UsageError, match="cannot be reached"):
+        atomic.parse_path(text)
+
+
+def test_a_remote_file_is_written_under_its_own_name_at_once(remote: UPath) -> None:
+    atomic.write_file(remote / "deep" / "file", memoryview(bytes(range(16))).cast("I"))
+    atomic.write_file(remote / "deep" / "file", bytearray(b"second"))
+    atomic.write_json(remote / "value.json", {"b": [1], "a": "ü"})
+    assert (remote / "deep" / "file").read_bytes() == b"second"
+    assert json.loads((remote / "value.json").read_bytes()) == {"a": "ü", "b": [1]}
+    root = remote.path.strip("/") + "/"
+    assert {name.strip("/").removeprefix(root) for name in remote.fs.find(remote.path)} == {"deep/file", "value.json"}
+
+
+def test_a_remote_file_is_removed(remote: UPath) -> None:
+    atomic.write_file(remote / "file", b"data")
+    atomic.remove(remote / "file")
+    atomic.remove(remote / "file")
+    assert not remote.fs.find(remote.path)

@@ -18,6 +18,7 @@ from cache_schema.masks import empty_mask
 from cache_schema.ragged import offsets_of
 from cache_schema.samples import ImageTable, Samples, digest_array, string_arrays, write_samples
 from cache_schema.store import StaticArray, StoreHeader, StoreWriter
+from cache_schema.views import View
 
 IMAGES = ("a", "b", "c", "d", "e")
 PROMPTS = ("one", "two", "three", "four")
@@ -50,31 +51,41 @@ def write_task(parent: Path, images: Sequence[str], prompts: Sequence[str], dige
     return write_samples(parent, samples, dataset="pairs", sources={}, image_dir=parent, libraries={})[0]
 
 
-def write_images(parent: Path, images: Sequence[str], invalid: Sequence[str] = ()) -> Path:
-    """An image-feature store in which every feature of image number n is n."""
-    num = len(images)
+def write_images(
+    parent: Path, images: Sequence[str], invalid: Sequence[str] = (), views: Sequence[str] = ("whole",)
+) -> Path:
+    """An image-feature store in which every feature of row n is n, and which holds rows for each view of an image."""
+    rows = [image for image in images for _ in views]
+    num = len(rows)
     layouts = [
         ArrayLayout("valid", (num,), np.dtype(np.bool_), 2, 2, ("view",)),
         ArrayLayout("features/last", (num, 2, 2, 3), np.dtype(np.float16), 1, 2, ("view", "h", "w", "d")),
         ArrayLayout("cls/last", (num, 3), np.dtype(np.float16), 2, 2, ("view", "d")),
     ]
     static = [
-        *string_arrays("image/id", images, "view"),
-        StaticArray("image/sha256", digest_array([sha256_of(image) for image in images]), ("view", "byte")),
+        *string_arrays("image/id", rows, "view"),
+        StaticArray("image/sha256", digest_array([sha256_of(image) for image in rows]), ("view", "byte")),
+        StaticArray(
+            "view", np.array([(0, 0, 4, 4, view == "flip") for _ in images for view in views]), ("view", "box")
+        ),
     ]
-    identity = {"encoder": {"name": "fake"}, "outputs": {"layers": ["last"]}, "images": list(images)}
+    identity = {
+        "encoder": {"name": "fake"},
+        "outputs": {"layers": ["last"]},
+        "views": list(views),
+        "images": list(images),
+    }
     writer = StoreWriter(parent, StoreHeader("image_features", identity, {}), layouts, static)
     writer.begin()
-    valid = np.array([image not in invalid for image in images])
+    valid = np.array([image not in invalid for image in rows])
     features = np.broadcast_to(np.arange(num, dtype=np.float16)[:, None, None, None], (num, 2, 2, 3))
     units = []
     for shard in range(layouts[0].num_shards):
-        rows = layouts[0].rows_of_shard(shard)
-        part = slice(rows.start, rows.stop)
+        part = slice(layouts[0].rows_of_shard(shard).start, layouts[0].rows_of_shard(shard).stop)
         units.append(f"{shard:06d}")
         writer.commit(
             units[-1],
-            (rows.start, rows.stop),
+            (part.start, part.stop),
             {
                 ("valid", shard): valid[part],
                 ("features/last", shard): features[part],
@@ -125,6 +136,23 @@ def test_rows_of_larger_stores_in_another_order_are_found(tmp_path: Path) -> Non
     assert cache.prompt_rows.tolist() == [2, 0]
     assert cache.images.features("last").read(cache.image_rows)[:, 0, 0, 0].tolist() == [3, 0, 2]
     assert cache.prompts.pooled()[cache.prompt_rows, 0].tolist() == [2, 0]
+
+
+def test_of_an_image_with_several_views_the_whole_is_found_and_the_others_follow_it(tmp_path: Path) -> None:
+    samples = write_task(tmp_path, ["d", "a", "c"], PROMPTS)
+    images = write_images(tmp_path, IMAGES, invalid=["a"], views=["whole", "flip", "scale-2"])
+    cache = open_cache(samples, images, write_prompts(tmp_path, PROMPTS))
+    assert cache.images.view_specs == ("whole", "flip", "scale-2")
+    assert cache.image_rows.tolist() == [9, 0, 6]
+    assert [cache.images.views[row].flip for row in (9, 10, 11)] == [False, True, False]
+    assert cache.images.views[9] == View((0, 0, 4, 4), flip=False)
+    assert [cache.images.ids[row] for row in cache.image_rows] == ["d", "a", "c"]
+    assert cache.usable_samples("val").tolist() == []
+    assert cache.usable_samples("train").tolist() == [*range(4), *range(8, 12)]
+
+
+def test_scales_are_there_only_where_features_are_int8(feature_cache: FeatureCache) -> None:
+    assert feature_cache.images.scale("last") is None
 
 
 def test_a_part_of_a_real_dataset_is_joined_with_the_features_of_the_whole(

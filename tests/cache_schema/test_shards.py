@@ -7,7 +7,6 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,57 +22,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from cache_schema import shards
+from cache_schema import atomic
 from cache_schema.errors import DamagedStoreError
 from cache_schema.layout import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout, whole
-from cache_schema.shards import MISSING, ArrayReader, encode_shard
-
-DTYPES = ("float16", "float32", "uint8", "int8", "int32", "int64", "bool")
-AXES = ("row", "a", "b", "c")
-
-
-def layout_of(
-    shape: tuple[int, ...], dtype: str = "float32", *, chunk_rows: int = 1, chunks_per_shard: int = 1
-) -> ArrayLayout:
-    return ArrayLayout("values", shape, np.dtype(dtype), chunk_rows, chunk_rows * chunks_per_shard, AXES[: len(shape)])
-
-
-def values_of(layout: ArrayLayout, seed: int = 0) -> NDArray[Any]:
-    """Random bits as the layout's numbers: infinities, NaNs and negative zeros among them."""
-    rng = np.random.default_rng(seed)
-    if layout.dtype == np.bool_:
-        return rng.random(layout.shape) < 0.5
-    bits = rng.integers(0, 256, math.prod(layout.shape) * layout.dtype.itemsize, np.uint8)
-    return bits.view(layout.dtype).reshape(layout.shape)
-
-
-def write_array(store: Path, layout: ArrayLayout, values: NDArray[Any]) -> None:
-    """A zarr group with one array, its shards written by us."""
-    (store / layout.name).mkdir(parents=True)
-    (store / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}))
-    (store / layout.name / "zarr.json").write_text(json.dumps(layout.to_metadata()))
-    for shard in range(layout.num_shards):
-        rows = layout.rows_of_shard(shard)
-        data = encode_shard(values[rows.start : rows.stop], layout)
-        (store / layout.shard_key(shard)).write_bytes(data)
-
-
-def assert_same_bits(read: Any, written: NDArray[Any]) -> None:
-    read = np.ascontiguousarray(read)
-    assert read.dtype == written.dtype
-    assert read.shape == written.shape
-    assert read.tobytes() == written.tobytes()
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> ArrayLayout:
-    row_shape = draw(st.lists(st.integers(0, 3) | st.just(5), max_size=3))
-    return layout_of(
-        (draw(st.integers(0, 14)), *row_shape),
-        draw(st.sampled_from(DTYPES)),
-        chunk_rows=draw(st.integers(1, 4)),
-        chunks_per_shard=draw(st.integers(1, 4)),
-    )
+from cache_schema.reader import ArrayReader, OpenFiles, ShardFiles
+from cache_schema.shards import MISSING, encode_shard
+from tests.cache_schema.toys import DTYPES, assert_same_bits, layout_of, layouts, values_of, write_array
 
 
 @pytest.fixture
@@ -90,7 +44,7 @@ def test_what_is_read_is_what_was_written(layout: ArrayLayout, seed: int) -> Non
     values = values_of(layout, seed)
     with TemporaryDirectory() as folder:
         write_array(Path(folder) / "store", layout, values)
-        reader = ArrayReader(Path(folder) / "store", layout)
+        reader = ArrayReader(ShardFiles(Path(folder) / "store", layout))
         assert (len(reader), reader.shape, reader.dtype) == (len(values), values.shape, values.dtype)
         assert_same_bits(reader.read(), values)
         assert_same_bits(reader.read(verify=False), values)
@@ -105,7 +59,7 @@ def test_rows_come_in_the_order_they_are_asked_for_as_often_as_they_are(
     rows = data.draw(st.lists(st.integers(0, layout.num_rows - 1), max_size=20))
     with TemporaryDirectory() as folder:
         write_array(Path(folder) / "store", layout, values)
-        reader = ArrayReader(Path(folder) / "store", layout)
+        reader = ArrayReader(ShardFiles(Path(folder) / "store", layout))
         assert_same_bits(reader.read(rows), values[rows])
         out = np.empty((len(rows), *layout.shape[1:]), layout.dtype)
         assert reader.read(np.array(rows, np.int32), out=out) is out
@@ -155,7 +109,7 @@ def test_we_read_what_zarr_python_writes_with_the_same_codecs(layout: ArrayLayou
     with TemporaryDirectory() as folder:
         array = create_with_zarr_python(Path(folder), layout)
         array[...] = values
-        assert_same_bits(ArrayReader(Path(folder), layout).read(), values)
+        assert_same_bits(ArrayReader(ShardFiles(Path(folder), layout)).read(), values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,8 +127,8 @@ def test_the_metadata_is_zarr_pythons_own(tmp_path: Path, dtype: str) -> None:
 
 
 def test_arrays_of_no_rows_and_of_empty_rows_are_read_without_a_file(store: Path) -> None:
-    assert ArrayReader(store, layout_of((0, 3))).read().shape == (0, 3)
-    assert ArrayReader(store, layout_of((4, 0))).read([3, 1]).shape == (2, 0)
+    assert ArrayReader(ShardFiles(store, layout_of((0, 3)))).read().shape == (0, 3)
+    assert ArrayReader(ShardFiles(store, layout_of((4, 0)))).read([3, 1]).shape == (2, 0)
 
 
 # Layouts
@@ -260,7 +214,7 @@ def test_an_array_with_another_codec_is_not_taken_for_ours(codec: str) -> None:
     sharding = dict(metadata["codecs"][0]["configuration"])
     sharding[codec] = "start" if codec == "index_location" else [*sharding[codec], {"name": "gzip"}]
     metadata["codecs"] = [{"name": "sharding_indexed", "configuration": sharding}]
-    with pytest.raises(ValueError, match="not stored in the plain sharded layout"):
+    with pytest.raises(ValueError, match=r"not (a sharded array|stored in the sharded layout) of this schema"):
         ArrayLayout.from_metadata("values", metadata)
 
 
@@ -296,7 +250,7 @@ def test_rows_may_lie_in_memory_in_any_order() -> None:
 def reader(store: Path) -> ArrayReader:
     layout = layout_of((7, 3), chunk_rows=2, chunks_per_shard=2)
     write_array(store, layout, values_of(layout))
-    return ArrayReader(store, layout)
+    return ArrayReader(ShardFiles(store, layout))
 
 
 @pytest.mark.parametrize("rows", [[7], [-1], [0, 99], [3, -8, 1]])
@@ -340,9 +294,9 @@ def test_what_was_read_belongs_to_the_caller(reader: ArrayReader) -> None:
 def assert_refused(store: Path, layout: ArrayLayout, complaint: str = "", shard: int = 0) -> None:
     key = layout.shard_key(shard)
     with pytest.raises(DamagedStoreError, match=complaint) as caught:
-        ArrayReader(store, layout).read()
+        ArrayReader(ShardFiles(store, layout)).read()
     assert str(store / key) in str(caught.value)
-    assert "remove the file and run the command" in str(caught.value)
+    assert "`headstart cache repair` extracts what is damaged again" in str(caught.value)
 
 
 def test_every_single_bit_of_a_shard_is_guarded(store: Path) -> None:
@@ -355,9 +309,9 @@ def test_every_single_bit_of_a_shard_is_guarded(store: Path) -> None:
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         with pytest.raises(DamagedStoreError, match="fails its checksum"):
-            ArrayReader(store, layout).read()
+            ArrayReader(ShardFiles(store, layout)).read()
     path.write_bytes(sound)
-    assert_same_bits(ArrayReader(store, layout).read(), values_of(layout))
+    assert_same_bits(ArrayReader(ShardFiles(store, layout)).read(), values_of(layout))
 
 
 @settings(deadline=None, max_examples=100)
@@ -384,7 +338,7 @@ def test_a_shard_that_was_cut_short_or_grew_is_found_even_without_checksums(stor
     for damaged in [*(sound[:size] for size in range(len(sound))), sound + b"\0"]:
         path.write_bytes(damaged)
         with pytest.raises(DamagedStoreError, match=r"shorter than its index|index fails its checksum"):
-            ArrayReader(store, layout).read(verify=verify)
+            ArrayReader(ShardFiles(store, layout)).read(verify=verify)
 
 
 def test_an_empty_shard_is_damage(store: Path) -> None:
@@ -400,7 +354,7 @@ def test_a_missing_shard_is_damage_and_not_the_fill_value(store: Path, verify: b
     write_array(store, layout, values_of(layout))
     (store / layout.shard_key(2)).unlink()
     assert_refused(store, layout, "the shard is missing", 2)
-    reader = ArrayReader(store, layout)
+    reader = ArrayReader(ShardFiles(store, layout))
     assert_same_bits(reader.read([0, 1, 3], verify=verify), values_of(layout)[[0, 1, 3]])
 
 
@@ -418,7 +372,9 @@ def rewrite_index(path: Path, layout: ArrayLayout, chunk: int, entry: tuple[int,
         ((MISSING, MISSING), "chunk 1 was never written"),
         ((12, 11), "chunk 1 holds 11 bytes where 12 are due"),
         ((12, 0), "chunk 1 holds 0 bytes"),
+        ((12, 2**63 + 12), "chunk 1 holds"),
         ((10_000, 12), "the file ends inside chunk 1"),
+        ((2**63 - 20, 12), "the file ends inside chunk 1"),
         ((30, 12), "chunk 1 fails its checksum"),
         ((13, 12), "chunk 1 fails its checksum"),
     ],
@@ -428,7 +384,7 @@ def test_an_index_that_points_elsewhere_is_damage(store: Path, entry: tuple[int,
     write_array(store, layout, values_of(layout))
     rewrite_index(store / layout.shard_key(0), layout, 1, entry)
     assert_refused(store, layout, complaint)
-    assert_same_bits(ArrayReader(store, layout).read([0, 2]), values_of(layout)[[0, 2]])
+    assert_same_bits(ArrayReader(ShardFiles(store, layout)).read([0, 2]), values_of(layout)[[0, 2]])
 
 
 def test_a_chunk_marked_missing_is_damage_even_where_others_read_zeros(store: Path) -> None:
@@ -438,7 +394,7 @@ def test_a_chunk_marked_missing_is_damage_even_where_others_read_zeros(store: Pa
     assert (zarr.open_array(store / "values", mode="r")[2] == 0).all()
     for verify in (True, False):
         with pytest.raises(DamagedStoreError, match="chunk 2 was never written"):
-            ArrayReader(store, layout).read([2], verify=verify)
+            ArrayReader(ShardFiles(store, layout)).read([2], verify=verify)
 
 
 # Files
@@ -449,45 +405,82 @@ def open_files_under(folder: Path) -> int:
 
 
 @pytest.fixture
-def many_shards(store: Path) -> Iterator[tuple[ArrayReader, NDArray[Any]]]:
+def many_shards(store: Path) -> tuple[ArrayLayout, NDArray[Any]]:
+    """An array of 15 shards."""
     layout = layout_of((30, 4), "float16", chunks_per_shard=2)
     values = values_of(layout)
     write_array(store, layout, values)
-    reader = ArrayReader(store, layout)
-    yield reader, values
-    reader.close()
+    return layout, values
 
 
 def test_an_array_of_more_shards_than_may_be_open_is_read_all_the_same(
-    store: Path, many_shards: tuple[ArrayReader, NDArray[Any]], monkeypatch: pytest.MonkeyPatch
+    store: Path, many_shards: tuple[ArrayLayout, NDArray[Any]]
 ) -> None:
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 3)
-    reader, values = many_shards
+    layout, values = many_shards
+    reader = ArrayReader(ShardFiles(store, layout), OpenFiles(limit=3))
     rng = np.random.default_rng(0)
     for _ in range(20):
         rows = rng.integers(0, len(values), 12)
         assert_same_bits(reader.read(rows), values[rows])
         assert open_files_under(store) <= 3
+    assert_same_bits(reader.read(), values)
+
+
+def test_the_readers_of_a_store_share_what_may_be_open(
+    store: Path, many_shards: tuple[ArrayLayout, NDArray[Any]]
+) -> None:
+    layout, values = many_shards
+    other = replace(layout, name="others")
+    write_array(store / "more", other, values)
+    files = OpenFiles(limit=4)
+    readers = [ArrayReader(ShardFiles(store, layout), files), ArrayReader(ShardFiles(store / "more", other), files)]
+    for row in range(len(values)):
+        for reader in readers:
+            assert_same_bits(reader.read([row]), values[[row]])
+    assert open_files_under(store) == 4
+    readers[0].close()
+    assert open_files_under(store) == 0
 
 
 def test_the_shards_used_last_stay_open(
-    many_shards: tuple[ArrayReader, NDArray[Any]], monkeypatch: pytest.MonkeyPatch
+    store: Path, many_shards: tuple[ArrayLayout, NDArray[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
     opened: list[int] = []
-    key_of = ArrayLayout.shard_key
-    monkeypatch.setattr(ArrayLayout, "shard_key", lambda layout, shard: opened.append(shard) or key_of(layout, shard))
-    reader, _ = many_shards
-    for row in (0, 2, 0, 4, 0, 2):
-        reader.read([row])
+    open_file = os.open
+
+    def watched(path: Path, *options: Any) -> int:
+        opened.append(int(Path(path).name.split(".")[1]))
+        return open_file(path, *options)
+
+    reader = ArrayReader(ShardFiles(store, many_shards[0]), OpenFiles(limit=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", watched)
+        for row in (0, 2, 0, 4, 0, 2):
+            reader.read([row])
     assert opened == [0, 1, 2, 1]
 
 
-def test_threads_may_share_a_reader(
-    many_shards: tuple[ArrayReader, NDArray[Any]], monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_is_in_use_survives_being_dropped(
+    store: Path, many_shards: tuple[ArrayLayout, NDArray[Any]]
 ) -> None:
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 1)
-    reader, values = many_shards
+    layout, _ = many_shards
+    files = OpenFiles(limit=1)
+    in_use = files.get(0, lambda: store / layout.shard_key(0))
+    files.get(1, lambda: store / layout.shard_key(1))
+    files.close()
+    expected = (store / layout.shard_key(0)).read_bytes()
+    found = bytearray(len(expected))
+    assert in_use.read_into([found], 0, len(found))
+    assert found == expected
+    assert open_files_under(store) == 1
+    del in_use
+    gc.collect()
+    assert open_files_under(store) == 0
+
+
+def test_threads_may_share_a_reader(store: Path, many_shards: tuple[ArrayLayout, NDArray[Any]]) -> None:
+    layout, values = many_shards
+    reader = ArrayReader(ShardFiles(store, layout), OpenFiles(limit=1))
     wrong: list[NDArray[Any]] = []
 
     def read(seed: int) -> None:
@@ -503,12 +496,14 @@ def test_threads_may_share_a_reader(
     for thread in threads:
         thread.join()
     assert not wrong
+    assert open_files_under(store) == 1
 
 
 def test_a_closed_reader_holds_no_file_and_opens_them_again(
-    store: Path, many_shards: tuple[ArrayReader, NDArray[Any]]
+    store: Path, many_shards: tuple[ArrayLayout, NDArray[Any]]
 ) -> None:
-    reader, values = many_shards
+    layout, values = many_shards
+    reader = ArrayReader(ShardFiles(store, layout))
     reader.read()
     assert open_files_under(store) == 15
     reader.close()
@@ -519,7 +514,7 @@ def test_a_closed_reader_holds_no_file_and_opens_them_again(
 def test_a_forgotten_reader_closes_its_files(store: Path) -> None:
     layout = layout_of((4, 3))
     write_array(store, layout, values_of(layout))
-    reader = ArrayReader(store, layout)
+    reader = ArrayReader(ShardFiles(store, layout))
     reader.read()
     assert open_files_under(store) == 4
     del reader
@@ -531,8 +526,27 @@ def test_a_shard_that_is_refused_is_not_held_open(store: Path) -> None:
     layout = layout_of((4, 3))
     write_array(store, layout, values_of(layout))
     (store / layout.shard_key(0)).write_bytes(b"short")
-    reader = ArrayReader(store, layout)
+    reader = ArrayReader(ShardFiles(store, layout))
     for _ in range(3):
         with pytest.raises(DamagedStoreError):
             reader.read([0])
     assert open_files_under(store) == 0
+
+
+@pytest.mark.parametrize("part", ["payload", "index", "all"])
+def test_a_shard_that_was_refused_is_read_again_once_it_is_mended(store: Path, part: str) -> None:
+    layout = layout_of((4, 3), chunks_per_shard=2)
+    write_array(store, layout, values_of(layout))
+    path = store / layout.shard_key(1)
+    sound = path.read_bytes()
+    damaged = bytearray(sound)
+    damaged[3 if part == "payload" else -3] ^= 1
+    if part == "all":
+        path.unlink()
+    else:
+        path.write_bytes(damaged)
+    reader = ArrayReader(ShardFiles(store, layout))
+    with pytest.raises(DamagedStoreError):
+        reader.read()
+    atomic.write_file(path, sound)  # as a repair publishes it
+    assert_same_bits(reader.read(), values_of(layout))

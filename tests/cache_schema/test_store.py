@@ -6,86 +6,48 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
-from numpy.typing import NDArray
 
 from cache_schema import SCHEMA_VERSION, atomic
+from cache_schema.atomic import parse_path
 from cache_schema.errors import DamagedStoreError, UsageError
-from cache_schema.layout import ArrayLayout
-from cache_schema.receipts import Failure, Manifest, Receipt
+from cache_schema.receipts import Failure, Manifest
 from cache_schema.store import (
     STATIC_UNIT,
-    StaticArray,
     StoreHeader,
-    StoreWriter,
     is_complete,
+    ledger_lines,
     open_store,
     read_header,
+    recorded_path,
+    relative_paths,
 )
-
-HEADER = StoreHeader("image_features", {"encoder": "one", "images": [1, 2, 3]}, {"libraries": {"numpy": "2"}})
-LAYOUTS = (
-    ArrayLayout("features/last", (6, 2, 3), np.dtype(np.float16), 1, 4, ("view", "grid", "channel")),
-    ArrayLayout("valid", (6,), np.dtype(np.bool_), 4, 4, ("view",)),
+from tests.cache_schema.toys import (
+    FAILURE,
+    FEATURES,
+    HEADER,
+    LAYOUTS,
+    STATIC,
+    UNITS,
+    VALID,
+    commit,
+    edit_json,
+    files_of,
+    flip_byte,
+    make_writer,
+    write_store,
 )
-STATIC = (
-    StaticArray("image/size", np.arange(12, dtype=np.int32).reshape(6, 2), ("view", "hw")),
-    StaticArray("image/none", np.zeros(0, np.uint8), ("byte",)),
-)
-FEATURES = np.arange(36, dtype=np.float16).reshape(6, 2, 3)
-VALID = np.array([True, True, False, True, True, True])
-UNITS = {"000000": (0, 4), "000001": (4, 6)}
-FAILURE = Failure(2, "image 3", "the file is empty")
-
-
-def make_writer(parent: Path, header: StoreHeader = HEADER) -> StoreWriter:
-    return StoreWriter(parent, header, LAYOUTS, STATIC)
-
-
-def commit(writer: StoreWriter, unit: str, rates: dict[str, float] | None = None) -> Receipt:
-    start, stop = UNITS[unit]
-    shards: dict[tuple[str, int], NDArray[Any]] = {
-        ("features/last", int(unit)): FEATURES[start:stop],
-        ("valid", int(unit)): VALID[start:stop],
-    }
-    return writer.commit(unit, (start, stop), shards, [FAILURE] if start == 0 else [], rates)
-
-
-def write(parent: Path, header: StoreHeader = HEADER, **options: Any) -> Path:
-    """A complete store."""
-    writer = make_writer(parent, header)
-    writer.begin()
-    for unit in UNITS:
-        commit(writer, unit, **options)
-    writer.finish(UNITS)
-    return writer.path
-
-
-def flip_byte(path: Path, offset: int = 5) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
-def edit_json(path: Path, change: Callable[[Any], object]) -> None:
-    value = json.loads(path.read_bytes())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    return write(tmp_path)
+    return write_store(tmp_path)
 
 
 # Writing
@@ -157,6 +119,60 @@ def test_no_temporary_file_is_left(store: Path) -> None:
     assert not [name for name in files_of(store) if name.endswith(atomic.TEMPORARY_SUFFIX)]
 
 
+def test_the_ledger_lists_every_failure_in_order_for_people(tmp_path: Path, store: Path) -> None:
+    failures = [Failure(5, "image 6", "größer als erlaubt"), Failure(4, "image \n5", "")]
+    writer = make_writer(tmp_path / "other")
+    writer.begin()
+    commit(writer, "000000")
+    writer.commit("000001", (4, 6), {}, failures)
+    writer.finish(UNITS)
+    lines = (writer.path / "ledger.jsonl").read_bytes().decode().splitlines()
+    assert [json.loads(line) for line in lines] == [asdict(failure) for failure in (FAILURE, *failures)]
+    assert json.loads((store / "ledger.jsonl").read_bytes()) == asdict(FAILURE)
+    assert ledger_lines([]) == b""
+
+
+# What lies outside
+
+
+def test_a_place_outside_is_recorded_relative_to_the_store(tmp_path: Path) -> None:
+    store = tmp_path / "stores" / "one.zarr"
+    paths = {"samples": tmp_path / "stores" / "samples.zarr", "images": tmp_path / "data" / "images", "self": store}
+    recorded = relative_paths(paths, store)
+    assert recorded == {"samples": "../samples.zarr", "images": "../../data/images", "self": "."}
+    header = replace(HEADER, recorded={"paths": recorded})
+    for name, path in paths.items():
+        assert recorded_path(header, store, name) == path
+    assert recorded_path(header, store, "another") is None
+    assert recorded_path(HEADER, store, "samples") is None
+    assert header.fingerprint == HEADER.fingerprint
+
+
+def test_stores_that_are_moved_together_still_find_each_other(tmp_path: Path) -> None:
+    store = tmp_path / "here" / "stores" / "one.zarr"
+    header = replace(HEADER, recorded={"paths": relative_paths({"samples": tmp_path / "here" / "samples"}, store)})
+    there = tmp_path / "there" / "stores" / "one.zarr"
+    assert recorded_path(header, there, "samples") == tmp_path / "there" / "samples"
+
+
+def test_a_header_for_another_place_records_the_same_places_and_the_rest_as_it_was(tmp_path: Path) -> None:
+    old, new = tmp_path / "a" / "one.zarr", tmp_path / "b" / "c" / "one.h5"
+    paths = {"samples": tmp_path / "samples.zarr", "adapter": tmp_path / "a" / "adapter"}
+    header = replace(HEADER, recorded={"libraries": {"numpy": "2"}, "paths": relative_paths(paths, old)})
+    moved = header.moved(old, new)
+    assert {name: recorded_path(moved, new, name) for name in paths} == paths
+    assert moved.recorded["libraries"] == {"numpy": "2"}
+    assert moved.moved(new, old) == header
+    assert HEADER.moved(old, new) == HEADER
+
+
+def test_a_remote_store_and_this_machine_know_nothing_of_each_others_places(tmp_path: Path) -> None:
+    remote = parse_path("memory://bucket/one.zarr")
+    assert relative_paths({"samples": tmp_path}, remote) == {}
+    header = replace(HEADER, recorded={"paths": {"samples": "../samples.zarr"}})
+    assert recorded_path(header, remote, "samples") is None
+
+
 # Going on where a job stopped
 
 
@@ -225,7 +241,7 @@ def test_a_job_cannot_finish_before_its_units(tmp_path: Path) -> None:
     writer = make_writer(tmp_path)
     writer.begin()
     commit(writer, "000000")
-    with pytest.raises(DamagedStoreError, match=r"000001\.json: not a receipt"):
+    with pytest.raises(DamagedStoreError, match=r"000001\.json: the receipt cannot be read"):
         writer.finish(UNITS)
     assert not is_complete(writer.path)
 
@@ -264,7 +280,7 @@ def test_a_complete_store_is_complete(store: Path) -> None:
 
 
 def test_there_must_be_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no store at .*nowhere.zarr: the folder is missing\..*lists the stores"):
+    with pytest.raises(UsageError, match=r"no store at .*nowhere.zarr: the folder is missing\..*cache list` shows"):
         open_store(tmp_path / "nowhere.zarr")
 
 
@@ -289,7 +305,7 @@ def test_metadata_that_is_no_zarr_group_at_all_is_refused(store: Path, content: 
 
 def test_a_store_of_another_schema_version_is_refused_by_name(store: Path) -> None:
     edit_json(store / "zarr.json", lambda root: root["attributes"]["headstart"].update(schema_version=99))
-    with pytest.raises(UsageError, match=f"has schema version 99; this one reads {SCHEMA_VERSION}. Extract it again"):
+    with pytest.raises(UsageError, match=f"has schema version 99; this one reads {SCHEMA_VERSION}. Make it again"):
         open_store(store)
 
 
@@ -350,7 +366,7 @@ def test_a_store_without_a_manifest_is_incomplete(store: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"digest": "0"}'])
 def test_a_manifest_that_cannot_be_read_is_damage(store: Path, content: bytes) -> None:
     (store / "manifest.json").write_bytes(content)
-    with pytest.raises(DamagedStoreError, match=r"not a manifest .* run the job again"):
+    with pytest.raises(DamagedStoreError, match=r"no manifest .*`headstart cache repair` makes it again"):
         open_store(store)
 
 
@@ -376,7 +392,7 @@ def test_a_missing_receipt_is_damage(store: Path, unit: str) -> None:
 def test_a_receipt_that_names_another_digest_is_damage(store: Path) -> None:
     edit_json(
         store / "receipts" / "000000.json",
-        lambda receipt: receipt["files"]["valid/c.0"].update(sha256="0" * 64),
+        lambda receipt: receipt["files"]["valid/c.0"].update(xxh3_128="0" * 32),
     )
     with pytest.raises(DamagedStoreError, match="the manifest and the receipts differ"):
         open_store(store)
@@ -384,7 +400,7 @@ def test_a_receipt_that_names_another_digest_is_damage(store: Path) -> None:
 
 def test_a_receipt_that_cannot_be_read_is_damage(store: Path) -> None:
     (store / "receipts" / "000000.json").write_bytes(b"{")
-    with pytest.raises(DamagedStoreError, match=r"not a receipt .*; remove it and run the job again"):
+    with pytest.raises(DamagedStoreError, match=r"no receipt .*; `headstart cache repair` makes it again"):
         open_store(store)
 
 

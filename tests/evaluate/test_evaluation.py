@@ -14,7 +14,7 @@ from cache_schema.errors import StoreMismatchError, UsageError
 from cache_schema.features import FeatureCache
 from evaluate.evaluation import evaluate_run, evaluate_runs
 from heads.checkpoint import load_head
-from heads.data import CachedSplit
+from heads.data import CachedSplit, Draw
 from heads.train import Training
 
 
@@ -26,7 +26,7 @@ def test_scores_are_those_of_masks_made_one_by_one_at_original_size(run: Trainin
     assert sorted(evaluation.samples.tolist()) == samples.rows_of_split("val").tolist()
     for place, row in enumerate(evaluation.samples.tolist()):
         with torch.inference_mode():
-            logits = head(data.load(np.array([row])).inputs.to("cpu")).mask_logits
+            logits = head(data.load(Draw.whole(np.array([row]))).inputs.to("cpu")).mask_logits
         resized = torch.nn.functional.interpolate(logits[None], size=samples.size_of(row), mode="bilinear")[0, 0]
         predicted, truth = (resized.sigmoid() > 0.5).numpy(), samples.target(row)
         # Batching may move a logit by a last bit, and a pixel with it.

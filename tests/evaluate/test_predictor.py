@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 import headstart
 from cache_schema.errors import UsageError
@@ -13,8 +16,14 @@ from cache_schema.features import FeatureCache
 from evaluate.evaluation import predict_masks
 from evaluate.predictor import Predictor
 from heads.checkpoint import load_head
-from heads.data import CachedSplit
+from heads.data import CachedSplit, Draw, feature_shapes
+from heads.inputs import HeadInputs
+from heads.linear import build_linear
 from heads.train import Training
+
+if TYPE_CHECKING:
+    from extract.encoders.image import VisionTransformerEncoder
+    from extract.encoders.text import ClipTextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +31,59 @@ def predictor(run: Training) -> Predictor:
     return headstart.load(run, device="cpu")
 
 
-def test_a_prediction_from_pixels_is_the_prediction_from_the_cache(
-    predictor: Predictor, run: Training, feature_cache: FeatureCache
-) -> None:
-    samples = feature_cache.samples.samples
-    _, head = load_head(run.run_dir / "best")
-    data = CachedSplit(feature_cache, "val", (1, 1))
-    from_cache = dict(predict_masks(head, feature_cache, data, data.in_order(8)))
+@dataclass(frozen=True)
+class Trained:
+    """A head that was trained for a moment, and the cache it was trained on."""
+
+    run: Training
+    cache: FeatureCache
+
+
+@pytest.fixture(params=["feature_cache", "int8_cache", "views_cache"])
+def trained(request: pytest.FixtureRequest, workspace: Path) -> Trained:
+    cache: FeatureCache = request.getfixturevalue(request.param)
+    settings = {"epochs": 2, "target_size": [16, 24]}
+    return Trained(headstart.train("linear", cache, workspace / "runs", settings=settings), cache)
+
+
+def test_a_prediction_from_pixels_is_the_prediction_from_the_cache(trained: Trained) -> None:
+    cache, predictor = trained.cache, headstart.load(trained.run, device="cpu")
+    samples = cache.samples.samples
+    _, head = load_head(trained.run.run_dir / "best")
+    data = CachedSplit(cache, "val", (1, 1))
+    from_cache = dict(predict_masks(head, cache, data, data.in_order(8)))
     differing = total = 0
     for row, mask in from_cache.items():
-        path = feature_cache.samples.image_dir / samples.images.paths[samples.image_rows[row]]
+        path = cache.samples.image_dir / samples.images.paths[samples.image_rows[row]]
         prediction = predictor.set_image(path).predict(samples.prompts[samples.prompt_rows[row]])[0]
         assert prediction.mask.shape == samples.size_of(row)
         differing += int((prediction.mask != mask).sum())
         total += mask.size
     # The encoders ran in other batches: float16 features may differ in their last bit.
     assert differing <= 1e-3 * total
+
+
+def test_an_image_is_seen_as_an_int8_cache_keeps_it(
+    int8_cache: FeatureCache,
+    image_encoder: VisionTransformerEncoder,
+    text_encoder: ClipTextEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, samples = int8_cache, int8_cache.samples.samples
+    seen: list[HeadInputs] = []
+    head = build_linear(feature_shapes(cache))
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda inputs: (seen.append(inputs), forward(inputs))[1])
+    predictor = Predictor(head, image_encoder, text_encoder, image_dtype="int8")
+    data = CachedSplit(cache, "val", None)
+    for sample in data.samples[::5]:
+        image = samples.image_rows[sample]
+        predictor.set_image(cache.samples.image_dir / samples.images.paths[image])
+        predictor.predict(samples.prompts[samples.prompt_rows[sample]])
+        kept = data.load(Draw.whole(np.array([sample]))).inputs.to("cpu")
+        for layer in cache.images.layers:  # this cache was encoded image by image, as a predictor does it
+            assert torch.equal(seen[-1].features[layer], kept.features[layer])
+            assert torch.equal(seen[-1].cls[layer], kept.cls[layer])
 
 
 def test_many_prompts_on_one_image_equal_each_prompt_alone(predictor: Predictor) -> None:

@@ -14,6 +14,7 @@ import heads.train
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from heads.checkpoint import load_head
+from heads.data import Residency
 from heads.train import TrainConfig, Training, run_name, train
 
 SMALL = TrainConfig(
@@ -44,9 +45,18 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, num_losses: int) -> None:
     monkeypatch.setattr(heads.train, "mask_loss", dying)
 
 
+def read_lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "elapsed_s"} for line in lines]
+    """Every line without what a clock measured."""
+    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in read_lines(run_dir)]
+
+
+def weights_of(run: Training) -> list[bytes]:
+    """The files of both checkpoints."""
+    return [(run.run_dir / checkpoint / "model.safetensors").read_bytes() for checkpoint in ("best", "last")]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +89,27 @@ def test_a_validation_line_says_at_which_resolution_it_was_measured(uninterrupte
         "val_overall_iou",
         "learning_rate",
     } <= line.keys()
+    assert {"data_wait_s", "train_s", "elapsed_s"} <= read_lines(uninterrupted.run_dir)[-1].keys()
+
+
+def test_a_line_says_how_long_training_waited_for_batches(uninterrupted: Training) -> None:
+    lines = read_lines(uninterrupted.run_dir)
+    assert all(0 <= line["data_wait_s"] <= line["train_s"] for line in lines)
+    assert sum(line["train_s"] for line in lines) <= lines[-1]["elapsed_s"] + 0.01  # each is rounded
+
+
+def test_waits_of_a_killed_epoch_are_counted_on(
+    feature_cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = heads.train.timed
+    monkeypatch.setattr(heads.train, "timed", lambda items: ((item, 1.0) for item, _ in real(items)))
+    with monkeypatch.context() as patch:
+        kill_after(patch, 4)
+        with pytest.raises(KilledError):
+            train(SMALL, feature_cache, tmp_path / "run")
+    lines = read_lines(train(SMALL, feature_cache, tmp_path / "run").run_dir)
+    steps = [line["step"] for line in lines]
+    assert [line["data_wait_s"] for line in lines] == [float(steps[0])] * len(lines)
 
 
 def test_training_lowers_its_loss(uninterrupted: Training) -> None:
@@ -107,11 +138,7 @@ def test_a_killed_run_goes_on_and_ends_exactly_like_an_uninterrupted_one(
     torch.manual_seed(12345)  # a fresh process would not have the old one's random state
     resumed = train(SMALL, feature_cache, tmp_path / "run")
     assert read_history(resumed.run_dir) == read_history(uninterrupted.run_dir)
-    for checkpoint in ("best", "last"):
-        weights = [
-            (run / checkpoint / "model.safetensors").read_bytes() for run in (resumed.run_dir, uninterrupted.run_dir)
-        ]
-        assert weights[0] == weights[1]
+    assert weights_of(resumed) == weights_of(uninterrupted)
 
 
 def test_a_resumed_run_loses_at_most_one_checkpoint_interval(
@@ -181,3 +208,40 @@ def test_dice_and_focal_train_too(feature_cache: FeatureCache, tmp_path: Path) -
     config = TrainConfig(head="linear", loss={"dice": 1.0, "focal": 1.0}, epochs=2, target_size=(8, 8))
     history = read_history(train(config, feature_cache, tmp_path / "run").run_dir)
     assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("kind", ["int8_cache", "views_cache"])
+@pytest.mark.parametrize("residency", ["ram", "disk"])
+def test_heads_learn_from_other_caches_too_and_go_on_exactly(
+    kind: str,
+    residency: Residency,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache: FeatureCache = request.getfixturevalue(kind)
+    whole = train(SMALL, cache, tmp_path / "whole", residency=residency)
+    losses = [line["train_loss"] for line in read_history(whole.run_dir)]
+    assert losses[-1] < losses[0]
+    with monkeypatch.context() as patch:
+        kill_after(patch, 9)
+        with pytest.raises(KilledError):
+            train(SMALL, cache, tmp_path / "run", residency=residency)
+    resumed = train(SMALL, cache, tmp_path / "run", residency=residency)
+    assert read_history(resumed.run_dir) == read_history(whole.run_dir)
+    assert weights_of(resumed) == weights_of(whole)
+
+
+def test_where_features_are_kept_changes_nothing_that_is_learned(
+    uninterrupted: Training, feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    for residency in ("device", "disk"):
+        run = train(SMALL, feature_cache, tmp_path / residency, residency=residency)  # type: ignore[arg-type]
+        assert read_history(run.run_dir) == read_history(uninterrupted.run_dir)
+        assert weights_of(run) == weights_of(uninterrupted)
+
+
+def test_other_stores_make_another_run(
+    feature_cache: FeatureCache, int8_cache: FeatureCache, views_cache: FeatureCache
+) -> None:
+    assert len({run_name(SMALL, cache) for cache in (feature_cache, int8_cache, views_cache)}) == 3
