@@ -71,7 +71,7 @@ def writers() -> list[Writer]:
     """Ours, the limit and the peers."""
     return [
         Writer(RAW, open_raw, read_raw, note="a new file for each shard, fsync"),
-        Writer(OURS, open_ours, read_zarr, note="two threads; shards, checksums, digests and receipts"),
+        Writer(OURS, open_ours, read_zarr, note="three threads; shards, checksums, digests and receipts"),
         Writer("zarr-python write", open_zarr, read_zarr, ZARR, "our layout; fsync added"),
         Writer("tensorstore write", open_tensorstore, read_zarr, TENSORSTORE, "our layout; its own fsync"),
     ]

@@ -286,15 +286,15 @@ def _mend_json(path: StorePath, value: Mapping[str, Any]) -> None:
 class Commits:
     """Commits units on a few threads, while the caller makes the next; leaving the `with` block waits for them.
 
-    At most `num_threads` units wait to be written, so memory stays bounded. What goes wrong with one is raised at the
+    At most one unit more than threads is under way, so memory stays bounded. What goes wrong with one is raised at the
     next call, or when the block is left.
     """
 
-    def __init__(self, writer: StoreWriter, num_threads: int = 2) -> None:
+    def __init__(self, writer: StoreWriter, num_threads: int = 3) -> None:
         self._writer = writer
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="headstart-write")
         self._under_way: deque[Future[Receipt]] = deque()
-        self._num_waiting = 2 * num_threads
+        self._num_waiting = num_threads + 1
 
     def commit(
         self,

@@ -185,7 +185,7 @@ def test_a_sound_store_is_verified_to_the_last_shard(stored: StorePath, threads:
 def test_a_flipped_bit_is_found_when_it_is_read_and_when_it_is_verified(stored: StorePath) -> None:
     flip_value(stored, "features/last", 0)
     opened = open_store(as_another_sees(stored))
-    with pytest.raises(DamagedStoreError, match="headstart cache repair|remove the file and run the command"):
+    with pytest.raises(DamagedStoreError, match=r"headstart cache repair|remove the file and run the command"):
         opened.read("features/last")
     with pytest.raises(DamagedStoreError):
         opened.array("features/last").read([0])
