@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from benchmarks.common import Library
 from benchmarks.contenders import Contender
 from benchmarks.rows import DTYPE, Pass, Rows
+from cache_schema.convert import convert_store
 from cache_schema.layout import ArrayLayout
 from cache_schema.store import StoreHeader, StoreWriter, open_store
 
 ARRAY = "features/last"
 
 GATHER = "memmap gather"
+PACKED = "reader of HDF5, 2 threads"
+
 PEERS = ("h5py contiguous", "h5py chunked", "zarr-python oindex", "zarr-python rows", "zarrs", "tensorstore")
 
 H5PY = Library("h5py", "h5py")
@@ -43,6 +46,7 @@ def contenders(slow_rows: int) -> list[Contender]:
     return [
         Contender(GATHER, gather, note="np.take into a buffer: the limit of one thread"),
         *ours,
+        Contender(PACKED, partial(read_store, threads=2, verify=False, packed=True), note="our store in one HDF5 file"),
         Contender("h5py contiguous", partial(read_hdf5, chunked=False), H5PY, note="low-level read of each row"),
         Contender("h5py chunked", partial(read_hdf5, chunked=True), H5PY, note="read_direct_chunk"),
         Contender(
@@ -68,9 +72,9 @@ def reader_name(threads: int, verify: bool) -> str:
 
 
 @contextlib.contextmanager
-def read_store(rows: Rows, threads: int, verify: bool) -> Iterator[Pass]:
-    """Our reader."""
-    store = open_store(store_of(rows))
+def read_store(rows: Rows, threads: int, verify: bool, packed: bool = False) -> Iterator[Pass]:
+    """Our reader, of shards or of one HDF5 file."""
+    store = open_store(packed_store_of(rows) if packed else store_of(rows))
     reader, buffer = store.array(ARRAY), rows.buffer()
     yield rows.in_order(lambda r: reader.read(r, out=buffer[: len(r)], verify=verify, threads=threads))
     store.close()
@@ -177,6 +181,16 @@ def store_of(rows: Rows) -> Path:
         writer.finish(units)
 
     return rows.copy(f"stores/{writer.path.name}", make)
+
+
+def packed_store_of(rows: Rows) -> Path:
+    """The same store in one HDF5 file."""
+    store = store_of(rows)
+
+    def make(path: Path) -> None:
+        convert_store(store, path.parent, "hdf5")
+
+    return rows.copy(f"packed/{store.stem}.h5", make)
 
 
 def writer_of(parent: Path, shape: tuple[int, ...], shard_rows: int) -> StoreWriter:

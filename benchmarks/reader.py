@@ -223,6 +223,8 @@ def _compare(report: Report, rates: Rates, prefix: str) -> None:
     ours = [prefix + arrays.reader_name(threads, verify) for verify in (False, True) for threads in (1, 2)]
     for mine in ours:
         report.compare(rates, mine, prefix + arrays.GATHER, f"{mine} / {arrays.GATHER}")
+    shards = prefix + arrays.reader_name(2, False)
+    report.compare(rates, prefix + arrays.PACKED, shards, f"{prefix}{arrays.PACKED} / {shards.removeprefix(prefix)}")
     for peer in arrays.PEERS:
         for mine in (ours[1], ours[3]):
             report.compare(rates, mine, prefix + peer, f"{mine} / {peer}")

@@ -297,12 +297,18 @@ class ArrayReader(RowReader):
         """
         shard, chunk = divmod(request.chunks[piece], self.layout.chunks_per_shard)
         file, table = self._open(shard)
-        target, trailer, length = request.flat[request.places[piece]], bytearray(CRC_BYTES), table.lengths[chunk]
-        if table.checksums is not None or length != len(target) + CRC_BYTES or table.offsets[chunk] < 0:
+        target, offset = request.flat[request.places[piece]], table.offsets[chunk]
+        trailer = bytearray(self._source.trailer_bytes)
+        length = len(target) + len(trailer)
+        if offset < 0 or table.lengths[chunk] != length:
             return False
-        if os.preadv(file.descriptor, (target, trailer), table.offsets[chunk]) != length:
+        if os.preadv(file.descriptor, (target, trailer) if trailer else (target,), offset) != length:
             return False
-        return not verify or crc32c(target) == int.from_bytes(trailer, "little")
+        if not verify:
+            return True
+        checksums = table.checksums
+        expected = int.from_bytes(trailer, "little") if checksums is None else checksums[chunk]
+        return bool(crc32c(target) == expected)
 
     def _read_chunks(self, chunk: int, targets: Sequence[NDArray[np.uint8]], verify: bool) -> None:
         """Fill each target with a chunk's bytes, from chunk number `chunk` on, all of one shard, and check them."""
