@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -99,7 +98,7 @@ class Report:
         }
 
     def write_json(self, path: Path) -> None:
-        atomic.write_file(path, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode())
+        atomic.write_json(path, self.to_dict())
 
     def to_text(self) -> str:
         """Two tables, of values and of ratios."""

@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 LARGEST = 127
 
 
+def float_dtype(dtype: str) -> str:
+    """The data type of what is floating point beside token grids of `dtype`: CLS tokens and prompt features."""
+    return "float16" if dtype == "int8" else dtype
+
+
 def quantize(tokens: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """(..., d) tokens as (..., d) int8 values and (...) float16 scales.
 

@@ -138,12 +138,17 @@ def relative_paths(paths: Mapping[str, Path], store: StorePath) -> dict[str, str
     return {name: os.path.relpath(path.resolve(), store.resolve()) for name, path in paths.items()}
 
 
+def absolute_path(relative: str, base: Path) -> Path:
+    """The place that `relative_paths` recorded relative to `base`."""
+    return Path(os.path.normpath(base.resolve() / relative))
+
+
 def recorded_path(header: StoreHeader, store: StorePath, name: str) -> Path | None:
     """A file or folder outside the store that its header records, if it does."""
     recorded = header.recorded.get("paths", {})
     if not isinstance(store, Path) or name not in recorded:
         return None
-    return Path(os.path.normpath(store.resolve() / recorded[name]))
+    return absolute_path(recorded[name], store)
 
 
 def node_metadata(layouts: Mapping[str, ArrayLayout]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def verify_store(
     Args:
         sample: share of the shards to read, drawn at random from `seed`; metadata and sizes are always checked.
         threads: how many shards are read at a time; by default one for each core.
-        progress: called with (bytes read, bytes to read) after each shard, from several threads.
+        progress: called with (bytes read, bytes to read) after each shard.
 
     Raises:
         UsageError: there is no store, or `sample` is no share.
@@ -79,12 +79,13 @@ def verify_store(
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}: give a whole number of at least 1.")
     container = open_container(path)
-    header, layouts = StoreHeader.parse(container.read_bytes("zarr.json"), path)
+    root = container.read_bytes("zarr.json")
+    header, layouts = StoreHeader.parse(root, path)
     damages = _check_metadata(container, layouts)
     receipts, unreadable = _read_receipts(container)
     damages += unreadable
     damages += _check_manifest(container, header, receipts, complete=not unreadable)
-    if json.loads(container.read_bytes("zarr.json")) != header.to_root(layouts):
+    if json.loads(root) != header.to_root(layouts):
         damages.append(Damage("zarr.json", "the metadata of the group is not what was written"))
     shards = {
         layout.shard_key(shard): (layout, shard) for layout in layouts.values() for shard in range(layout.num_shards)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from cache_schema.errors import UsageError
-from cache_schema.quantize import dequantize, quantize
+from cache_schema.quantize import dequantize, float_dtype, quantize
 from evaluate.metrics import ORIGINAL_SIZE, Protocol
 from extract.encoders.protocols import ImageEncoder, ImageEncoding, TextEncoder
 from extract.images import UndecodableImageError, UnreadableFileError, decode_image, read_bytes
@@ -100,7 +100,7 @@ class Predictor:
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise UsageError("there is no prompt, or an empty one: say what to segment.")
         text = self._text_encoder.encode(self._text_encoder.tokenize(prompts))
-        cls_dtype = "float16" if self._image_dtype == "int8" else self._image_dtype
+        cls_dtype = float_dtype(self._image_dtype)
         inputs = HeadInputs(
             features={layer: _as_cached(grid, self._image_dtype) for layer, grid in self._encoding.features.items()},
             cls={layer: _as_cached(token, cls_dtype) for layer, token in self._encoding.cls.items()},

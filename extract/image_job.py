@@ -22,7 +22,7 @@ from cache_schema.atomic import StorePath
 from cache_schema.errors import UsageError, require_at_least, unknown_name
 from cache_schema.fingerprint import digest_strings
 from cache_schema.layout import ArrayLayout
-from cache_schema.quantize import quantize
+from cache_schema.quantize import float_dtype, quantize
 from cache_schema.receipts import Failure
 from cache_schema.samples import ImageTable, digest_array, open_samples, string_arrays
 from cache_schema.store import StaticArray, StoreHeader, StoreWriter
@@ -63,9 +63,9 @@ class ImageJobConfig:
             raise unknown_name("dtype", self.dtype, DTYPES)
 
     @property
-    def float_dtype(self) -> np.dtype[Any]:
-        """The data type of what is stored as floating point whatever the token grids are: CLS tokens."""
-        return np.dtype(np.float16 if self.dtype == "int8" else self.dtype)
+    def cls_dtype(self) -> np.dtype[Any]:
+        """The data type in which CLS tokens are stored."""
+        return np.dtype(float_dtype(self.dtype))
 
 
 def extract_images(config: ImageJobConfig, encoder: ImageEncoder, *, repair: Path | None = None) -> Extraction:
@@ -133,7 +133,7 @@ def _make_writer(
         if config.dtype == "int8":
             layouts.append(ArrayLayout(f"scale/{layer}", grid, np.dtype(np.float16), 1, rows, axes[:3]))
         cls_axes = ("view", f"channel_{layer}")
-        layouts.append(ArrayLayout(f"cls/{layer}", (num, channels), config.float_dtype, rows, rows, cls_axes))
+        layouts.append(ArrayLayout(f"cls/{layer}", (num, channels), config.cls_dtype, rows, rows, cls_axes))
     each = len(config.views)
     static = [
         *string_arrays("image/id", [image_id for image_id in table.ids for _ in range(each)], "view"),
@@ -239,7 +239,7 @@ def _encode_unit(
         arrays[f"features/{layer}"] = np.zeros((len(rows), height, width, channels), dtype)
         if config.dtype == "int8":
             arrays[f"scale/{layer}"] = np.zeros((len(rows), height, width), np.float16)
-        arrays[f"cls/{layer}"] = np.zeros((len(rows), channels), config.float_dtype)
+        arrays[f"cls/{layer}"] = np.zeros((len(rows), channels), config.cls_dtype)
     good: list[tuple[int, NDArray[np.float32]]] = []
     for place, image in enumerate(images):
         if isinstance(image, Exception):
@@ -274,7 +274,7 @@ def _stored_arrays(config: ImageJobConfig, encoding: ImageEncoding) -> Iterator[
         else:
             yield f"features/{layer}", _cast(tokens, np.dtype(config.dtype))
     for layer, tensor in encoding.cls.items():
-        yield f"cls/{layer}", _cast(tensor.float().cpu().numpy(), config.float_dtype)
+        yield f"cls/{layer}", _cast(tensor.float().cpu().numpy(), config.cls_dtype)
 
 
 def _cast(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -126,6 +126,7 @@ class Extract:
     json: Json = False
 
     def run(self) -> Any:
+        from cache_schema.quantize import float_dtype
         from extract.image_job import ImageJobConfig, extract_images
         from extract.prompt_job import PromptJobConfig, extract_prompts
         from headstart import encoders
@@ -142,8 +143,7 @@ class Extract:
             samples, out, self.image_dir, self.dtype, self.batch_size, self.shard_rows, self.views
         )
         images = extract_images(image_job, image_encoder)
-        text_dtype = "float16" if self.dtype == "int8" else self.dtype
-        prompts = extract_prompts(PromptJobConfig(samples, out, text_dtype), text_encoder)
+        prompts = extract_prompts(PromptJobConfig(samples, out, float_dtype(self.dtype)), text_encoder)
         if self.container == "hdf5":
             from headstart.cache_care import pack_hdf5
 

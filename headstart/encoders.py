@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from cache_schema.errors import StoreMismatchError
 from cache_schema.features import FeatureCache
 from cache_schema.fingerprint import fingerprint
 from cache_schema.masks import Size
-from cache_schema.store import Store, StoreHeader, recorded_path, relative_paths
+from cache_schema.store import Store, StoreHeader, absolute_path, recorded_path, relative_paths
 from extract.encoders import IMAGE_ENCODERS, TEXT_ENCODERS, TINY, resolve_encoder
 from extract.encoders.image import FINAL_LAYER, VisionTransformerEncoder, load_image_encoder
 from extract.encoders.protocols import ImageEncoder, TextEncoder
@@ -108,7 +107,7 @@ def _source_of_store(store: StorePath, header: StoreHeader) -> str:
 
 
 def _source_of_run(run_dir: Path, source: Mapping[str, str]) -> str:
-    return os.path.normpath(run_dir.resolve() / source["folder"]) if "folder" in source else source["hub"]
+    return str(absolute_path(source["folder"], run_dir)) if "folder" in source else source["hub"]
 
 
 def _load_image(source: str, settings: Mapping[str, Any], device: str) -> VisionTransformerEncoder:

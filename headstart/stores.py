@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -11,7 +10,7 @@ from cache_schema.atomic import StorePath, parse_path
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache, open_cache
 from cache_schema.hdf5 import SUFFIX as HDF5_SUFFIX
-from cache_schema.store import ZARR_SUFFIX, StoreKind, relative_paths
+from cache_schema.store import ZARR_SUFFIX, StoreKind, absolute_path, relative_paths
 from heads.train import read_run_config
 
 STORE_SUFFIXES = (ZARR_SUFFIX, HDF5_SUFFIX)
@@ -111,7 +110,7 @@ def stores_of_run(run_dir: Path) -> StorePaths:
 
 def _recorded_store(run_dir: Path, recorded: str) -> StorePath:
     path = parse_path(recorded)
-    return Path(os.path.normpath(run_dir.resolve() / path)) if isinstance(path, Path) else path
+    return absolute_path(recorded, run_dir) if isinstance(path, Path) else path
 
 
 def _only_store(folder: StorePath, kind: str, option: str) -> StorePath:

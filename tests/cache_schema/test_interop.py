@@ -68,6 +68,7 @@ def test_others_read_what_we_write(layout: ArrayLayout, seed: int) -> None:
         array = zarr.open_group(store, mode="r")["values"]
         assert isinstance(array, zarr.Array)
         assert_same_bits(array[...], values)
+        assert array.metadata.dimension_names == layout.axes
         opened = tensorstore.open(tensorstore_spec(store, layout), open=True, read=True).result()
         assert_same_bits(opened.read().result(), values)
         assert opened.domain.labels == layout.axes

@@ -15,7 +15,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
-import tensorstore
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,23 +63,6 @@ def test_rows_come_in_the_order_they_are_asked_for_as_often_as_they_are(
         out = np.empty((len(rows), *layout.shape[1:]), layout.dtype)
         assert reader.read(np.array(rows, np.int32), out=out) is out
         assert_same_bits(out, values[rows])
-
-
-@settings(deadline=None, max_examples=40)
-@given(layouts(), st.integers(0, 99))
-def test_zarr_python_and_tensorstore_read_what_we_write(layout: ArrayLayout, seed: int) -> None:
-    values = values_of(layout, seed)
-    with TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        write_array(store, layout, values)
-        array = zarr.open_group(store, mode="r")["values"]
-        assert isinstance(array, zarr.Array)
-        assert_same_bits(array[...], values)
-        assert array.metadata.dimension_names == layout.axes
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store / "values")}}
-        opened = tensorstore.open(spec, open=True, read=True).result()
-        assert_same_bits(opened.read().result(), values)
-        assert opened.domain.labels == layout.axes
 
 
 def create_with_zarr_python(folder: Path, layout: ArrayLayout) -> zarr.Array[Any]:
