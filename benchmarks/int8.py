@@ -21,10 +21,11 @@ from cache_schema.features import FeatureCache
 from cache_schema.layout import ArrayLayout
 from cache_schema.quantize import dequantize, quantize
 from cache_schema.store import StoreHeader, StoreWriter, open_store
+from extract.encoders.image import load_image_encoder
 from extract.image_job import ImageJobConfig, extract_images
 from headstart import api
 from headstart.demo import run_demo
-from headstart.encoders import image_encoder
+from headstart.encoders import image_spec
 
 LIBRARIES = (Library("torch", "torch"), Library("numpy", "numpy"))
 WIDTHS = (96, 384, 768)
@@ -54,7 +55,7 @@ def run(demo: Path, heads: list[str], num_images: int = 2000) -> Report:
     stores = demo / "stores"
     samples = next(stores.glob("samples-*.zarr"))
     config = ImageJobConfig(samples, stores / "int8", dtype="int8")
-    int8 = extract_images(config, image_encoder("tiny", demo / "encoders", device="cpu"))
+    int8 = extract_images(config, load_image_encoder(image_spec("tiny", demo / "encoders")))
     prompts = next(stores.glob("prompt_features-*.zarr"))
     float16 = next(stores.glob("image_features-*.zarr"))
     caches = {

@@ -178,7 +178,7 @@ def _write_images(
         ),
         ArrayLayout("cls/last", (num, width), float16, SHARD_ROWS, SHARD_ROWS, ("view", "channel")),
     ]
-    view = np.tile(np.array([0, 0, *IMAGE_SIZE, 0], np.int32), (num, 1))
+    view = np.tile(np.array([0, 0, *IMAGE_SIZE[::-1], 0], np.int32), (num, 1))
     static = [
         *string_arrays("image/id", ids, "view"),
         StaticArray("image/sha256", digest_array(digests), ("view", "byte")),
@@ -187,7 +187,7 @@ def _write_images(
     ]
     identity = {
         "encoder": {"made-up": "image"},
-        "outputs": {"layers": ["last"]},
+        "outputs": {"layers": ["last"], "cls": ["last"], "attention": []},
         "dtype": "float16",
         "views": ["whole"],
     }
@@ -196,7 +196,7 @@ def _write_images(
     values = np.random.default_rng(settings.seed).standard_normal((SHARD_ROWS, *settings.grid), np.float32)
     block = values.astype(np.float16)
     units = []
-    with Commits(writer) as commits:
+    with Commits(writer.commit) as commits:
         for shard in tqdm(range(-(-num // SHARD_ROWS)), desc="writing features", unit="shard"):
             rows = layouts[0].rows_of_shard(shard)
             shards = {

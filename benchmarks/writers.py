@@ -97,7 +97,7 @@ def open_ours(folder: Path, shards: Shards) -> Write:
     writer.begin()
 
     def write(shards: Shards) -> None:
-        with Commits(writer) as commits:
+        with Commits(writer.commit) as commits:
             for number, shard in enumerate(shards):
                 start = number * len(shard)
                 commits.commit(f"{number:06d}", (start, start + len(shard)), {(ARRAY, number): shard})

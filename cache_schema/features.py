@@ -1,11 +1,12 @@
 """The two feature stores, and the cache that joins them to a samples store.
 
-Image features, for N rows. A row is a view of an image (views.py); with K views, rows K * i to K * i + K - 1 are those
-of image i, the whole image first:
+Image features, for N rows. A row is a view of an image (views.py). The rows of an image stand side by side and have
+its id: first its fixed views, the whole image at their head, then its windows, of which each image has its own number.
 
     features/<layer>          (N, gh, gw, D), a chunk holds one row
     scale/<layer>             (N, gh, gw) float16, where features are int8: what a token's channels are multiplied by
     cls/<layer>               (N, D)
+    attention/logits          (N, heads, gh, gw), attention/head_tokens (N, heads, D), attention/mean_token (N, D)
     valid                     (N,) bool; False where the image could not be encoded (see the ledger)
     image/id                  ragged UTF-8 strings
     image/sha256              (N, 32) uint8
@@ -38,7 +39,7 @@ from cache_schema.fingerprint import fingerprint
 from cache_schema.reader import RowReader
 from cache_schema.samples import SamplesStore, open_samples, read_strings
 from cache_schema.store import Store, open_store
-from cache_schema.views import View
+from cache_schema.views import View, is_windows
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,28 @@ class ImageFeatures:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Layer names, in the order in which they were asked for."""
+        """Layers with token grids, in the order in which they were asked for; there may be none."""
         return tuple(self.store.header.identity["outputs"]["layers"])
 
     @property
+    def cls_layers(self) -> tuple[str, ...]:
+        """Layers with CLS tokens."""
+        return tuple(self.store.header.identity["outputs"]["cls"])
+
+    @property
+    def attention_outputs(self) -> tuple[str, ...]:
+        """What was kept of the last attention layer: some of logits, head_tokens and mean_token, or nothing."""
+        return tuple(self.store.header.identity["outputs"]["attention"])
+
+    @property
     def view_specs(self) -> tuple[str, ...]:
-        """How each image is looked at, in the order of its rows."""
+        """How each image is looked at: fixed views in the order of its rows, then perhaps windows."""
         return tuple(self.store.header.identity["views"])
+
+    @property
+    def fixed_specs(self) -> tuple[str, ...]:
+        """The views that every image has: those that stand for one row each."""
+        return tuple(spec for spec in self.view_specs if not is_windows(spec))
 
     def features(self, layer: str) -> RowReader:
         """(N, gh, gw, D) token grids of one layer."""
@@ -70,9 +86,24 @@ class ImageFeatures:
         """(N, D) CLS tokens of one layer."""
         return self.store.array(f"cls/{layer}")
 
+    def attention(self, name: str) -> RowReader:
+        """(N, ...) one of the `attention_outputs`."""
+        return self.store.array(f"attention/{name}")
+
+    def rows_of_image(self, image: int) -> range:
+        """The rows of an image, by its place in this store: its fixed views, then its windows."""
+        return range(int(self.starts[image]), int(self.starts[image + 1]))
+
     @cached_property
     def ids(self) -> list[str]:
+        """The image of each row."""
         return read_strings(self.store, "image/id")
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """(I + 1,) the row of the whole view of each of I images, and the number of rows."""
+        firsts = [row for row, image in enumerate(self.ids) if row == 0 or image != self.ids[row - 1]]
+        return np.array([*firsts, len(self.ids)], np.int64)
 
     @cached_property
     def sha256(self) -> list[str]:
@@ -115,8 +146,8 @@ class PromptFeatures:
 class FeatureCache:
     """A samples store with the features of its images and prompts.
 
-    `image_rows` (N,) and `prompt_rows` (M,) map the rows of the samples store to rows of the feature stores; of an
-    image with several views, to the whole image, which the others follow.
+    `image_rows` (I,) and `prompt_rows` (M,) map the rows of the samples store to rows of the feature stores; of an
+    image with several views, to the whole image, which the other fixed views and then the windows follow.
     """
 
     samples: SamplesStore
@@ -162,16 +193,16 @@ def open_cache(
     opened = open_samples(samples, image_dir)
     image_features = ImageFeatures(open_store(images, "image_features"))
     prompt_features = PromptFeatures(open_store(prompts, "prompt_features"))
-    table, each = opened.samples.images, len(image_features.view_specs)
-    image_rows = each * _match(
+    table, first_rows = opened.samples.images, image_features.starts[:-1]
+    image_numbers = _match(
         list(zip(table.ids, table.sha256, strict=True)),
-        list(zip(image_features.ids[::each], image_features.sha256[::each], strict=True)),
+        [(image_features.ids[row], image_features.sha256[row]) for row in first_rows.tolist()],
         f"images of {samples.name} have no features in {images.name}",
     )
     prompt_rows = _match(
         opened.samples.prompts, prompt_features.prompts, f"prompts of {samples.name} have no features in {prompts.name}"
     )
-    return FeatureCache(opened, image_features, prompt_features, image_rows, prompt_rows)
+    return FeatureCache(opened, image_features, prompt_features, first_rows[image_numbers], prompt_rows)
 
 
 def _match(wanted: Sequence[Any], known: Sequence[Any], complaint: str) -> NDArray[np.int64]:

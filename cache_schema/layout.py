@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
-_NAME_CHARACTERS = set(string.ascii_letters + string.digits + "_-.")
+_NAME_CHARACTERS = set(string.ascii_letters + string.digits + "_-+.")
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC32C = {"name": "crc32c"}
 
@@ -43,7 +43,7 @@ class ArrayLayout:
         if not self.shape or len(self.axes) != len(self.shape):
             raise ValueError(f"{self.name}: shape {self.shape} and axes {self.axes} must be as long as each other")
         if not all(part and set(part) <= _NAME_CHARACTERS and part.strip(".") for part in self.name.split("/")):
-            raise ValueError(f"{self.name!r} is no name for an array: use letters, digits, '_', '-' and '.'")
+            raise ValueError(f"{self.name!r} is no name for an array: use letters, digits, '_', '-', '+' and '.'")
         if self.chunk_rows < 1 or self.shard_rows % self.chunk_rows:
             raise ValueError(f"{self.name}: a shard of {self.shard_rows} rows is no multiple of {self.chunk_rows}")
 

@@ -45,14 +45,15 @@ class Failure:
 class Receipt:
     """Written after the files of one unit of work are on disk: `files` maps each file's key to what it holds.
 
-    `rates` is what the work was like (items per second of each stage); it is not part of the store's digest.
+    `rates` is what the work was like (items per second of each stage, and which of them `binds`); it is not part of
+    the store's digest.
     """
 
     unit: str
     rows: tuple[int, int]
     files: Mapping[str, StoredFile]
     failures: tuple[Failure, ...] = ()
-    rates: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float | str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -53,6 +53,11 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: NDArray[np.int64]) -> ImageTable:
+        """Some of these images, in that order."""
+        ids, paths, sha256 = ([values[row] for row in rows] for values in (self.ids, self.paths, self.sha256))
+        return ImageTable(ids, paths, self.sizes[rows], sha256)
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -37,6 +37,9 @@ from cache_schema.receipts import Failure, Manifest, Receipt, StoredFile
 from cache_schema.shards import encode_shard
 
 StoreKind = Literal["samples", "image_features", "prompt_features"]
+
+COMMIT_THREADS = 3
+"""Enough to encode, write and sync three shards at a time, which fills a local disk."""
 
 STATIC_UNIT = "static"
 """The unit of work that holds what is known before the first item is encoded (ids, sizes, offsets)."""
@@ -215,6 +218,10 @@ class StoreWriter:
         except (DamagedStoreError, ValueError, KeyError, IndexError):
             return False
 
+    def has_receipt(self, unit: str) -> bool:
+        """Whether the unit's receipt is there, honoured or not."""
+        return self._receipt_path(unit).is_file()
+
     def _fits(self, receipt: Receipt) -> bool:
         """Whether shards have the size they have in this store's layouts: they may be left from a compressed one."""
         sizes = ((*parse_shard_key(key), stored.num_bytes) for key, stored in receipt.files.items())
@@ -229,7 +236,7 @@ class StoreWriter:
         rows: tuple[int, int],
         shards: Mapping[tuple[str, int], NDArray[Any]],
         failures: Sequence[Failure] = (),
-        rates: Mapping[str, float] | None = None,
+        rates: Mapping[str, float | str] | None = None,
     ) -> Receipt:
         """Publish the shards of one unit, then its receipt.
 
@@ -292,29 +299,25 @@ class Commits:
     """Commits units on a few threads, while the caller makes the next; leaving the `with` block waits for them.
 
     At most one unit more than threads is under way, so memory stays bounded. What goes wrong with one is raised at the
-    next call, or when the block is left.
+    next call, or when the block is left; units that were handed over before an error are published all the same.
+
+    Args:
+        commit: `StoreWriter.commit`, or what stands before it.
     """
 
-    def __init__(self, writer: StoreWriter, num_threads: int = 3) -> None:
-        self._writer = writer
+    def __init__(self, commit: Callable[..., Receipt], num_threads: int = COMMIT_THREADS) -> None:
+        self._commit = commit
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="headstart-write")
         self._under_way: deque[Future[Receipt]] = deque()
         self._num_waiting = num_threads + 1
 
-    def commit(
-        self,
-        unit: str,
-        rows: tuple[int, int],
-        shards: Mapping[tuple[str, int], NDArray[Any]],
-        failures: Sequence[Failure] = (),
-        rates: Mapping[str, float] | None = None,
-    ) -> list[Receipt]:
-        """Hand a unit over, as `StoreWriter.commit` takes it; it may not be changed afterwards.
+    def commit(self, *unit: Any) -> list[Receipt]:
+        """Hand a unit over, in the arguments of `StoreWriter.commit`; it may not be changed afterwards.
 
         Returns:
             The receipts of the units that were published since the last call, in order.
         """
-        self._under_way.append(self._pool.submit(self._writer.commit, unit, rows, shards, failures, rates))
+        self._under_way.append(self._pool.submit(self._commit, *unit))
         published = []
         while self._under_way and (len(self._under_way) >= self._num_waiting or self._under_way[0].done()):
             published.append(self._under_way.popleft().result())
@@ -330,7 +333,7 @@ class Commits:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=exception[0] is not None)
+        self._pool.shutdown()
         if exception[0] is None:
             self.wait()
 

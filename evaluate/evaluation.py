@@ -31,13 +31,12 @@ from evaluate.metrics import (
     standard_tags,
     update,
 )
-from evaluate.predictor import open_image
+from evaluate.predictor import open_image, probabilities_in_image
 from evaluate.report import Example, Group, RunReport, write_report
 from extract.job import pick_device
 from heads.checkpoint import load_head
 from heads.data import CachedSplit, Draw, prefetch
 from heads.inputs import Head
-from heads.losses import resize_logits
 from heads.train import read_run_config
 
 BATCH_SIZE = 64
@@ -187,14 +186,18 @@ def predict_masks(
     batches: Sequence[Draw],
     protocol: Protocol = ORIGINAL_SIZE,
 ) -> Iterator[tuple[int, Bool[np.ndarray, "h w"]]]:
-    """Each sample's row and the head's mask for it, (H, W) at the image's original size."""
-    device = next(head.parameters()).device
-    for batch in prefetch(data.load(draw) for draw in batches):
+    """Each sample's row and the head's mask for it, (H, W) at the image's original size.
+
+    A head says nothing of what the view of an image does not show; it is not marked.
+    """
+    device, samples = next(head.parameters()).device, cache.samples.samples
+    for draw, batch in zip(batches, prefetch(data.load(draw) for draw in batches), strict=True):
         with torch.inference_mode():
-            logits = head(batch.inputs.to(device)).mask_logits.float()
-        for row, prompt_logits in zip(batch.samples.tolist(), logits, strict=True):
-            resized = resize_logits(prompt_logits[None], cache.samples.samples.size_of(row))[0]
-            yield row, protocol.binarize(resized.sigmoid().cpu().numpy())
+            logits = head(batch.inputs.to(device)).mask_logits
+        views = cache.image_rows[samples.image_rows[draw.samples]] + draw.views
+        for row, view, prompt_logits in zip(draw.samples.tolist(), views.tolist(), logits, strict=True):
+            probability = probabilities_in_image(prompt_logits[None], cache.images.views[view], samples.size_of(row))
+            yield row, protocol.binarize(probability[0])
 
 
 def _check_same_encoders(run_dir: Path, cache: FeatureCache) -> None:

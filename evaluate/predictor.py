@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,18 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from cache_schema.errors import UsageError
+from cache_schema.masks import Size
 from cache_schema.quantize import dequantize, float_dtype, quantize
+from cache_schema.views import WHOLE, View, make_view
 from evaluate.metrics import ORIGINAL_SIZE, Protocol
 from extract.encoders.protocols import ImageEncoder, ImageEncoding, TextEncoder
-from extract.images import UndecodableImageError, UnreadableFileError, decode_image, read_bytes
+from extract.images import (
+    MAX_IMAGE_PIXELS,
+    UndecodableImageError,
+    UnreadableFileError,
+    decode_image,
+    read_bytes,
+)
 from heads.inputs import Head, HeadInputs
 from heads.losses import resize_logits
 
@@ -46,6 +55,25 @@ def open_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
         raise UsageError(f"{path} cannot be used: {error}. Name an image file such as a JPEG or a PNG.") from error
 
 
+def probabilities_in_image(
+    logits: Float[Tensor, "b h w"], view: View, size: Size
+) -> Float[np.ndarray, "b original_h original_w"]:
+    """Each pixel's probability of belonging to b masks, from logits that cover one view of an image of that size.
+
+    What the view does not show has probability 0: it is never marked.
+    """
+    return view.place(resize_logits(logits.float(), view.size).sigmoid().cpu().numpy(), size, 0)
+
+
+@dataclass(frozen=True)
+class _SeenImage:
+    """What an encoder said of an image, what it looked at, and the image's size."""
+
+    encoding: ImageEncoding
+    view: View
+    size: Size
+
+
 class Predictor:
     """Segments what prompts name in an image.
 
@@ -72,19 +100,25 @@ class Predictor:
         self._image_dtype = image_dtype
         self._text_dtype = text_dtype
         self._protocol = protocol
-        self._encoding: ImageEncoding | None = None
-        self._size = (0, 0)
+        self._seen: _SeenImage | None = None
 
     def set_image(self, image: UInt8[np.ndarray, "h w 3"] | str | Path) -> Predictor:
         """Encode an image, a file or an (H, W, 3) uint8 RGB array, for every prompt that follows.
 
         Raises:
-            UsageError: the file is missing or no image.
+            UsageError: the file is missing or no image, or too long and thin for the encoder to look at.
         """
         if isinstance(image, str | Path):
             image = open_image(Path(image))
-        self._encoding = self._image_encoder.encode(torch.from_numpy(self._image_encoder.preprocess(image))[None])
-        self._size = (image.shape[0], image.shape[1])
+        encoder, size = self._image_encoder, (image.shape[0], image.shape[1])
+        view = encoder.fit(make_view(WHOLE, 0, size, ""))
+        if math.prod(view.size) > max(MAX_IMAGE_PIXELS, math.prod(size)):
+            raise UsageError(
+                f"an image of {size[0]} x {size[1]} pixels (height x width) is too long and thin for {encoder.name}, "
+                "which looks at images in their own shape: cut it first."
+            )
+        pixels = np.stack([encoder.preprocess(view.apply_to_image(image))])
+        self._seen = _SeenImage(encoder.encode(torch.from_numpy(pixels).to(encoder.device)), view, size)
         return self
 
     @torch.inference_mode()
@@ -95,22 +129,22 @@ class Predictor:
             UsageError: no image was set, or there is no prompt.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if self._encoding is None:
+        if self._seen is None:
             raise UsageError("no image is set: call set_image(image) before predict(prompts).")
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise UsageError("there is no prompt, or an empty one: say what to segment.")
         text = self._text_encoder.encode(self._text_encoder.tokenize(prompts))
-        cls_dtype = float_dtype(self._image_dtype)
+        encoding, cls_dtype = self._seen.encoding, float_dtype(self._image_dtype)
         inputs = HeadInputs(
-            features={layer: _as_cached(grid, self._image_dtype) for layer, grid in self._encoding.features.items()},
-            cls={layer: _as_cached(token, cls_dtype) for layer, token in self._encoding.cls.items()},
-            prompt_tokens=_as_cached(text.tokens * text.mask[..., None], self._text_dtype),
+            features={layer: _as_cached(grid, self._image_dtype) for layer, grid in encoding.features.items()},
+            cls={layer: _as_cached(token, cls_dtype) for layer, token in encoding.cls.items()},
+            prompt_tokens=_as_cached(text.tokens.masked_fill(~text.mask[..., None], 0), self._text_dtype),
             prompt_mask=text.mask,
             pooled=_as_cached(text.pooled, self._text_dtype),
             image_index=torch.zeros(len(prompts), dtype=torch.long),
         )
         logits = self._head(inputs.to(next(self._head.parameters()).device)).mask_logits
-        probabilities = resize_logits(logits.float(), self._size).sigmoid().cpu().numpy()
+        probabilities = probabilities_in_image(logits, self._seen.view, self._seen.size)
         return [
             Prediction(prompt, self._protocol.binarize(probability), probability)
             for prompt, probability in zip(prompts, probabilities, strict=True)

@@ -1,35 +1,32 @@
-"""Image files to arrays: decoding with every refusal named, and the preprocessing that encoders share."""
+"""Image files to arrays: decoding, with every refusal named."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import struct
+import logging
+import os
+import re
+import stat
+import threading
 import warnings
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from cache_schema.masks import Size
+from extract.image_flaws import flaw_of_file, flaw_of_pixels
 
 MAX_IMAGE_PIXELS = 150_000_000
 """Larger images are refused before their pixels are decoded."""
 
-_PILLOW_ERRORS = (
-    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError),
-    *(TypeError, AttributeError, struct.error),  # EXIF tags of a type that Pillow does not expect
-)
-Image.init()
-IMAGE_FORMATS = tuple({"JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF"} & Image.OPEN.keys())
-"""Formats that are decoded, as far as Pillow was built with them. It knows more, some of which start other programs."""
+MAX_FILE_BYTES = 2**30
+"""Larger files are refused before they are read."""
 
-BILINEAR, BICUBIC = int(Image.Resampling.BILINEAR), int(Image.Resampling.BICUBIC)
-RESAMPLING = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
-"""The filters an encoder may ask for: Pillow's number, as preprocessor_config.json has it, and its name."""
+Image.init()
+IMAGE_FORMATS = tuple(form for form in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF") if form in Image.OPEN)
+"""Formats that are decoded, as far as Pillow was built with them. It knows more, some of which start other programs."""
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -41,6 +38,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SPECIAL_FILES = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_TOO_MANY = f"more than {MAX_IMAGE_PIXELS}"
+_NO_HEADER = f"nothing in it reads as the header of {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
+_REMARKS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+_hushing = threading.Lock()
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # where nobody set up logging, it would print errors
 
 
 class UndecodableImageError(ValueError):
@@ -52,79 +56,103 @@ class UnreadableFileError(OSError):
 
 
 def read_bytes(path: Path) -> tuple[bytes, str]:
-    """A file's bytes and their SHA-256.
+    """A regular file's bytes and their SHA-256. Anything else could make whoever reads it wait for ever.
 
     Raises:
         UnreadableFileError: the file cannot be read.
+        UndecodableImageError: it has more than `MAX_FILE_BYTES`.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnreadableFileError(f"the file cannot be read ({error.strerror})") from error
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            regular = stat.S_ISREG(status.st_mode)
+            data = file.read(status.st_size) if regular and status.st_size <= MAX_FILE_BYTES else b""
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UnreadableFileError(f"the file cannot be read ({reason})") from error
+    if not regular:
+        kind = _SPECIAL_FILES.get(stat.S_IFMT(status.st_mode), "something else")
+        raise UnreadableFileError(f"the file cannot be read (it is {kind}, not a regular file)")
+    if status.st_size > MAX_FILE_BYTES:
+        raise UndecodableImageError(f"the file has {status.st_size} bytes; no more than {MAX_FILE_BYTES} are read")
     return data, hashlib.sha256(data).hexdigest()
 
 
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB of an image file's bytes, turned upright as its EXIF orientation says.
+    """(H, W, 3) uint8 RGB of an image file's bytes, turned upright as its EXIF orientation says; to be read only.
+
+    Of an animation it is the first frame. Transparency is dropped, colour profiles are not applied, 16 bits are brought
+    down to 8, EXIF that cannot be made out counts for nothing. Safe to call from several threads at once.
 
     Raises:
-        UndecodableImageError: not an image, cut short, or larger than `MAX_IMAGE_PIXELS`.
+        UndecodableImageError: not an image, damaged or cut short as far as that can be told, larger than
+            `MAX_IMAGE_PIXELS`, or of pixels whose range nothing says.
     """
     if not data:
         raise UndecodableImageError("the file is empty")
+    _hush_pillow()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        with opened:
-            if opened.width * opened.height > MAX_IMAGE_PIXELS:
-                raise UndecodableImageError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}")
-            return np.asarray(_to_rgb(_turn_upright(opened)))
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise UndecodableImageError(f"it has {image.height} x {image.width} pixels, {_TOO_MANY}")
+            _refuse(flaw_of_file(image, data, MAX_IMAGE_PIXELS))
+            image.load()
+            _refuse(flaw_of_pixels(image, data))
+            return np.asarray(_to_rgb(_turn_upright(image)))
+    except (UndecodableImageError, MemoryError, Warning):  # the latter two are no fault of the bytes
+        raise
     except UnidentifiedImageError as error:
-        raise UndecodableImageError("not an image file") from error
-    except _PILLOW_ERRORS as error:
-        if isinstance(error, UndecodableImageError):
-            raise
-        raise UndecodableImageError(f"the image cannot be decoded ({error})") from error
+        raise UndecodableImageError(f"not an image file: {_NO_HEADER}") from error
+    except Image.DecompressionBombError as error:
+        raise UndecodableImageError(f"its pixels are {_TOO_MANY}") from error
+    except Exception as error:
+        raise UndecodableImageError(f"the image cannot be decoded ({_message(error)})") from error
+
+
+def _hush_pillow() -> None:
+    """Ignore Pillow's remarks on broken metadata and on sizes that `decode_image` judges by itself.
+
+    `warnings.catch_warnings` in several threads restores what another thread saw. A filter that is added and stays can
+    do no such harm; it is looked for each time, for whoever restores the filters removes it.
+    """
+    if _REMARKS not in warnings.filters:
+        with _hushing:
+            if _REMARKS not in warnings.filters:
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _refuse(flaw: str | None) -> None:
+    if flaw is not None:
+        raise UndecodableImageError(flaw)
+
+
+def _message(error: Exception) -> str:
+    said = str(error)
+    known = isinstance(error, OSError | ValueError | SyntaxError | EOFError | RuntimeError)
+    return said if said and known else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    # Pillow's own way of doing this writes the EXIF anew, and fails on tags that it cannot write.
-    turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    # Pillow's own way of doing this writes the EXIF anew, and fails on tags that it cannot write. A TIFF is upright as
+    # soon as it is loaded, and says so.
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except (MemoryError, Warning):
+        raise
+    except Exception:  # noqa: BLE001  any error at all, as above; a viewer would show the image as it lies
+        return image
     return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise UndecodableImageError("its pixels are not of 8 or 16 bits, and nothing says in which range they are")
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
         image = Image.fromarray(np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8))
-    elif "transparency" in image.info:  # a palette with a see-through colour; Pillow warns of a direct conversion
-        image = image.convert("RGBA")
-    elif image.mode in ("I", "F"):
-        raise UndecodableImageError("its pixels have 32 bits, in a range that nothing says; save it with 8 or 16")
-    return image.convert("RGB")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From an upright RGB image to an encoder's input: squash to `input_size`, scale to [0, 1], normalise.
-
-    Squashing keeps the whole image in view: cell (r, c) of a (gh, gw) grid covers the same fraction of the image
-    whatever the aspect ratio was, so a mask comes back by resizing alone. Resampling is Pillow's, with antialiasing.
-    """
-
-    input_size: Size
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resample: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """What of it belongs to an encoder's identity."""
-        return {**asdict(self), "aspect": "squash", "resize": "pillow", "orientation": "exif"}
-
-    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(H, W, 3) uint8 -> (3, h, w) float32 at `input_size`."""
-        height, width = self.input_size
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling[self.resample.upper()])
-        pixels = np.asarray(resized, np.float32) / np.float32(255)
-        normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    elif image.mode == "La":  # grey that was multiplied by its opacity; Pillow converts it by this way only
+        image = image.convert("LA")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cache_schema.atomic import StorePath
-from cache_schema.errors import StoreMismatchError, UsageError
+from cache_schema.errors import NoRoomError, StoreMismatchError, UsageError
 from cache_schema.receipts import Failure, Receipt
-from cache_schema.store import ZARR_SUFFIX, Commits, StoreWriter, find_complete, read_header, relative_paths
+from cache_schema.store import (
+    ZARR_SUFFIX,
+    Commits,
+    StoreWriter,
+    find_complete,
+    read_header,
+    relative_paths,
+)
+from extract.encoders.protocols import ImageEncoder, TextEncoder
+from extract.stages import StageClock, StageRates, timed
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of work: its number and the items (images or prompts) it stands for."""
+    """One unit of work: its number and the items (rows or prompts) it stands for."""
 
     number: int
     rows: range
@@ -41,23 +52,51 @@ class EncodedUnit:
     unit: Unit
     shards: Mapping[tuple[str, int], NDArray[Any]]
     failures: Sequence[Failure] = ()
+    batch_size: int = 0
+
+
+class Job(Protocol):
+    """A feature store in the making: its writer, its units of work, and how they are encoded.
+
+    `label` and `noun` are what the progress line calls the job and its items.
+    """
+
+    writer: StoreWriter
+    num_items: int
+    items_per_unit: int
+    label: str
+    noun: str
+    clock: StageClock
+
+    def encode(self, units: Sequence[Unit]) -> Generator[EncodedUnit, None, None]:
+        """Each unit encoded, in order. What is wrong from the beginning is raised at the call, not at the first unit.
+
+        It may be called in several threads at once.
+        """
+        ...
+
+    def probe(self, out: StorePath, num_items: int, unit_items: int, seed: int) -> Job:
+        """The same job on so many items drawn at random, or all there are, in small units and written elsewhere."""
+        ...
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """A complete feature store: where it is, and how much of it this job had to do itself."""
+    """A complete feature store: where it is, how much of it this job had to do itself, and how fast each stage was."""
 
     path: StorePath
     num_encoded: int
     num_reused: int
     num_failed: int
     seconds: float
+    stages: StageRates = field(default_factory=lambda: StageRates({}))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
+        stages = {"rates": self.stages.to_dict(), "binds": self.stages.binds}
+        return {**asdict(self), "path": str(self.path), "stages": stages}
 
     def summary(self, noun: str) -> str:
-        """One sentence for people: what was done, what was there already, and what failed."""
+        """For people: what was done, what was there already, what failed, and what held it up."""
         failed = ""
         if self.num_failed:
             lists = f"{self.path}/ledger.jsonl" if self.path.suffix == ZARR_SUFFIX else "`headstart cache info`"
@@ -66,93 +105,143 @@ class Extraction:
             return f"nothing to extract: all {self.num_reused} {noun} are in {self.path.name} already{failed}"
         rate = f"{self.num_encoded / self.seconds:.0f}/s"
         reused = f", {self.num_reused} were there already" if self.num_reused else ""
+        stages = f"\n  {self.stages}" if self.stages.rates else ""
         return (
             f"extracted {self.num_encoded} {noun} in {self.seconds:.1f} s ({rate}){reused} -> {self.path.name}{failed}"
+            f"{stages}"
         )
 
 
-def run_job(
-    writer: StoreWriter,
-    num_items: int,
-    items_per_unit: int,
-    encode: Callable[[Sequence[Unit]], Iterable[EncodedUnit]],
-    *,
-    label: str,
-    noun: str,
-    repair: Path | None = None,
-) -> Extraction:
+def units_of(job: Job) -> list[Unit]:
+    """Every unit of work of a job."""
+    starts = range(0, job.num_items, job.items_per_unit)
+    return [
+        Unit(number, range(start, min(start + job.items_per_unit, job.num_items)))
+        for number, start in enumerate(starts)
+    ]
+
+
+def find_finished(job: Job) -> Extraction | None:
+    """The job's store, if it is complete already."""
+    there = find_complete(job.writer.path.parent, job.writer.header)
+    if there is None:
+        return None
+    there.close()
+    return Extraction(there.path, 0, job.num_items, there.manifest.num_failures, 0.0)
+
+
+def pending_units(job: Job, units: Sequence[Unit]) -> list[Unit]:
+    """The units that have no honoured receipt."""
+    return [unit for unit in units if not job.writer.is_done(unit.name)]
+
+
+def run_job(job: Job, *, repair: Path | None = None, overcommit: bool = False) -> Extraction:
     """Do every unit of work that has no honoured receipt, then write the manifest.
 
     Args:
-        encode: given the units that are left, gives each of them encoded, in order. What it raises at once is raised
-            before anything is written.
-        label, noun: what the progress bar calls the job and its items.
         repair: a store of which every file is to be checked against its digest, complete or not.
+        overcommit: begin even where the disk has less room than the store will need.
 
     Raises:
         StoreMismatchError: the job makes another store than the one to repair.
+        NoRoomError: the disk has too little room.
     """
     started = time.perf_counter()
+    writer = job.writer
     if repair is not None and repair.name != writer.path.name:
         raise StoreMismatchError(
             f"encoder, samples or versions are not those {repair.name} was made with: they would make "
             f"{writer.path.name}. Put the former ones back, or extract into a new store."
         )
-    there = None if repair is not None else find_complete(writer.path.parent, writer.header)
-    if there is not None:
-        there.close()
-        return Extraction(there.path, 0, num_items, there.manifest.num_failures, time.perf_counter() - started)
+    if repair is None and (finished := find_finished(job)) is not None:
+        return finished
     if repair is not None:
         with contextlib.suppress(UsageError):  # a root that is lost is written anew
             writer.layouts = read_header(repair)[1]  # a compressed store stays one
-    starts = range(0, num_items, items_per_unit)
-    units = [Unit(number, range(start, min(start + items_per_unit, num_items))) for number, start in enumerate(starts)]
-    pending = [unit for unit in units if not writer.is_done(unit.name)]
+    units = units_of(job)
+    pending = pending_units(job, units)
     num_pending = sum(len(unit.rows) for unit in pending)
-    stream = encode(pending)
+    if not overcommit:
+        require_room(writer, num_pending / max(1, job.num_items))
+    stream = job.encode(pending)
     writer.begin()
 
     def show(published: Sequence[Receipt]) -> None:
         bar.update(sum(receipt.rows[1] - receipt.rows[0] for receipt in published))
+        bar.set_postfix_str(str(job.clock.rates()), refresh=False)
 
-    bar = tqdm(total=num_items, initial=num_items - num_pending, desc=label, unit=noun)
-    with bar, Commits(writer) as commits:
-        for encoded, seconds in _timed(stream):
-            rows = encoded.unit.rows
-            rates = {f"{noun}s_per_s": len(rows) / seconds}
-            span = (rows.start, rows.stop)
-            show(commits.commit(encoded.unit.name, span, encoded.shards, encoded.failures, rates))
+    bar = tqdm(total=job.num_items, initial=job.num_items - num_pending, desc=job.label, unit=job.noun)
+    with bar, contextlib.closing(stream), Commits(partial(commit_unit, job)) as commits:
+        for encoded, waited_s in timed(stream):
+            show(commits.commit(encoded, unit_rates(job, encoded, waited_s)))
         show(commits.wait())
     manifest = writer.finish(unit.name for unit in units)
     seconds = time.perf_counter() - started
-    return Extraction(writer.path, num_pending, num_items - num_pending, manifest.num_failures, seconds)
+    num_reused = job.num_items - num_pending
+    return Extraction(writer.path, num_pending, num_reused, manifest.num_failures, seconds, job.clock.rates())
 
 
-def _timed(encoded: Iterable[EncodedUnit]) -> Iterator[tuple[EncodedUnit, float]]:
-    """Each unit with the seconds that were spent waiting for it."""
-    iterator = iter(encoded)
-    while True:
-        started = time.perf_counter()
-        try:
-            unit = next(iterator)
-        except StopIteration:
-            return
-        yield unit, time.perf_counter() - started
+def unit_rates(job: Job, encoded: EncodedUnit, seconds: float) -> dict[str, float | str]:
+    """What a unit's receipt says of the work since the last one: rates of the whole and of each stage, what binds."""
+    stages = job.clock.lap()
+    whole = float(f"{len(encoded.unit.rows) / seconds:.4g}")
+    return {"job": whole, **stages.to_dict(), "batch_size": encoded.batch_size, "binds": stages.binds or ""}
+
+
+def commit_unit(job: Job, encoded: EncodedUnit, rates: Mapping[str, float | str]) -> Receipt:
+    """Publish a unit, and count it as the work of the last stage."""
+    rows = encoded.unit.rows
+    with job.clock.at_work("write", len(rows)):
+        span = (rows.start, rows.stop)
+        return job.writer.commit(encoded.unit.name, span, encoded.shards, encoded.failures, rates)
+
+
+def store_bytes(writer: StoreWriter) -> int:
+    """Bytes of the finished store's arrays, which are all of it but for metadata and receipts."""
+    return sum(
+        layout.plain_shard_bytes(shard) for layout in writer.layouts.values() for shard in range(layout.num_shards)
+    )
+
+
+def free_bytes(path: StorePath) -> int | None:
+    """Room on the disk where a path lies or will lie; None for a remote one, which does not say."""
+    if not isinstance(path, Path):
+        return None
+    folder = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def require_room(writer: StoreWriter, share: float) -> None:
+    """Make sure that a share of a store fits on the disk.
+
+    Raises:
+        NoRoomError: it does not.
+    """
+    free, needed = free_bytes(writer.path), round(share * store_bytes(writer))
+    if free is not None and needed > free:
+        raise NoRoomError(
+            f"{writer.path.name} needs {needed / 1e9:.1f} GB and {writer.path.parent} has {free / 1e9:.1f} GB; make "
+            "room, take --dtype int8 or fewer layers, or go on all the same with --overcommit."
+        )
 
 
 def recorded_provenance(
-    source: str, samples: StorePath, num_items: int, batch_size: int, store: StorePath
+    encoder: ImageEncoder | TextEncoder, samples: StorePath, num_items: int, batch_size: int, store: StorePath
 ) -> dict[str, Any]:
     """What is recorded beside a feature store's identity: where encoder and samples came from, how the work was done.
 
-    An encoder from a folder and the samples store are recorded relative to the store; a hub id stands as it is.
+    An encoder from a folder, its adapter and the samples store are recorded relative to the store; a hub id stands as
+    it is.
     """
-    folder = Path(source)
+    folder = Path(encoder.name)
     paths = {"encoder": folder} if folder.exists() else {}
+    if encoder.adapter is not None:
+        paths["adapter"] = Path(encoder.adapter)
     if isinstance(samples, Path):
         paths["samples"] = samples
     return {
-        "encoder": folder.name if folder.exists() else source,
+        "encoder": folder.name if folder.exists() else encoder.name,
         "paths": relative_paths(paths, store),
         "num_items": num_items,
         "batch_size": batch_size,

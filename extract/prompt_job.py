@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from cache_schema.fingerprint import digest_strings
 from cache_schema.layout import ArrayLayout
 from cache_schema.ragged import Offsets, offsets_of
 from cache_schema.samples import open_samples, string_arrays
-from cache_schema.store import StaticArray, StoreHeader, StoreWriter
-from extract.encoders.protocols import TextEncoder
+from cache_schema.store import COMMIT_THREADS, StaticArray, StoreHeader, StoreWriter
+from extract.batches import BatchSize
+from extract.encoders.protocols import TextEncoder, TextEncoding
 from extract.job import EncodedUnit, Extraction, Unit, recorded_provenance, run_job
+from extract.stages import StageClock
 
 TOKENS_PER_CHUNK = 32
 DTYPES = ("float16", "float32")
@@ -49,30 +52,113 @@ class PromptJobConfig:
             raise unknown_name("dtype", self.dtype, DTYPES)
 
 
-def extract_prompts(config: PromptJobConfig, encoder: TextEncoder, *, repair: Path | None = None) -> Extraction:
-    """Encode every unique prompt of a samples store, once. Safe to kill, to repeat, and to run twice at once.
+class PromptJob:
+    """One prompt-feature store in the making.
 
     A unit of work owns whole files: the pooled features of its own prompts, and every token shard that *begins*
     among its tokens. Where the last of those ends among the prompts of the next unit, these are encoded by both.
 
     Args:
+        prompts: the prompts, if not all of the samples store.
+
+    Raises:
+        UsageError: the samples store is missing.
+    """
+
+    def __init__(self, config: PromptJobConfig, encoder: TextEncoder, prompts: Sequence[str] | None = None) -> None:
+        prompts = open_samples(config.samples).samples.prompts if prompts is None else prompts
+        self._prompts = prompts
+        self._config = config
+        self._encoder = encoder
+        self._token_ids = encoder.tokenize(prompts)
+        self._offsets = offsets_of(map(len, self._token_ids))
+        self._batch_size = BatchSize(config.batch_size)
+        self._encoder_lock = threading.Lock()
+        self.writer = _make_writer(config, prompts, self._token_ids, self._offsets, encoder)
+        self.num_items = len(prompts)
+        self.items_per_unit = config.unit_prompts
+        self.label = f"encoding prompts with {Path(encoder.name).name}"
+        self.noun = "prompt"
+        self.clock = StageClock({"write": COMMIT_THREADS})
+
+    def encode(self, units: Sequence[Unit]) -> Generator[EncodedUnit, None, None]:
+        """Each unit encoded, in order.
+
+        Raises:
+            UsageError: a feature does not fit the data type.
+        """
+        for unit in units:
+            yield EncodedUnit(unit, self._encode_unit(unit), (), self._batch_size.size)
+
+    def probe(self, out: StorePath, num_items: int, unit_items: int, seed: int) -> PromptJob:
+        """The same job on prompts drawn at random."""
+        num_prompts = min(len(self._prompts), num_items)
+        drawn = np.sort(np.random.default_rng(seed).choice(len(self._prompts), num_prompts, replace=False))
+        config = replace(
+            self._config,
+            out=out,
+            unit_prompts=unit_items,
+            shard_tokens=TOKENS_PER_CHUNK,
+            batch_size=min(self._config.batch_size, unit_items),
+        )
+        return PromptJob(config, self._encoder, [self._prompts[row] for row in drawn])
+
+    def _encode_unit(self, unit: Unit) -> dict[tuple[str, int], NDArray[Any]]:
+        """The shards a unit owns."""
+        offsets, step, num_tokens = self._offsets, self._config.shard_tokens, int(self._offsets[-1])
+        first_token, last_token = int(offsets[unit.rows.start]), int(offsets[unit.rows.stop])
+        token_shards = range(-(-first_token // step), -(-last_token // step))
+        end_of_tokens = min(token_shards.stop * step, num_tokens) if token_shards else last_token
+        last_prompt = max(unit.rows.stop, int(np.searchsorted(offsets, end_of_tokens, "left")))
+        tokens, pooled = self._encode_prompts(range(unit.rows.start, last_prompt))
+        shards: dict[tuple[str, int], NDArray[Any]] = {("pooled", unit.number): pooled[: len(unit.rows)]}
+        for shard in token_shards:
+            stop = min((shard + 1) * step, num_tokens)
+            shards["tokens", shard] = tokens[shard * step - first_token : stop - first_token]
+        return shards
+
+    def _encode_prompts(self, prompts: range) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(L, D) token features end to end and (M, P) pooled features, computed in batches of like lengths."""
+        dtype, token_ids = np.dtype(self._config.dtype), self._token_ids[prompts.start : prompts.stop]
+        offsets = offsets_of(map(len, token_ids))
+        tokens = np.empty((int(offsets[-1]), self._encoder.token_width), dtype)
+        pooled = np.empty((len(token_ids), self._encoder.pooled_width), dtype)
+        by_length = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
+
+        def forward(batch: slice) -> TextEncoding:
+            with self._encoder_lock, self.clock.at_work("forward", len(by_length[batch])):
+                encoding = self._encoder.encode([token_ids[row] for row in by_length[batch]])
+                return TextEncoding(*(tensor.cpu() for tensor in (encoding.tokens, encoding.mask, encoding.pooled)))
+
+        for batch, encoding in self._batch_size.run(forward, len(by_length)):
+            rows = by_length[batch]
+            with self.clock.at_work("copy", len(rows)), np.errstate(over="ignore"):
+                pooled[rows] = encoding.pooled.float().numpy()
+                for row, values, mask in zip(rows, encoding.tokens.float(), encoding.mask, strict=True):
+                    tokens[offsets[row] : offsets[row + 1]] = values[mask].numpy()
+        for name, features in (("token", tokens), ("pooled", pooled)):
+            if not np.isfinite(features).all():
+                raise UsageError(
+                    f"{self._encoder.name} gave {name} features that {dtype.name} cannot hold; store them as float32."
+                )
+        return tokens, pooled
+
+
+def extract_prompts(
+    config: PromptJobConfig, encoder: TextEncoder, *, repair: Path | None = None, overcommit: bool = False
+) -> Extraction:
+    """Encode every unique prompt of a samples store, once. Safe to kill, to repeat, and to run twice at once.
+
+    Args:
         repair: a store of which every file is to be checked against its digest, and made again where it differs.
+        overcommit: begin even where the disk has less room than the store will need.
 
     Raises:
         UsageError: the samples store is missing, or a feature does not fit the data type.
         StoreMismatchError: this job makes another store than the one to repair.
+        NoRoomError: the disk has too little room.
     """
-    prompts = open_samples(config.samples).samples.prompts
-    token_ids = encoder.tokenize(prompts)
-    offsets = offsets_of(map(len, token_ids))
-    writer = _make_writer(config, prompts, token_ids, offsets, encoder)
-
-    def encode(pending: Sequence[Unit]) -> Iterator[EncodedUnit]:
-        for unit in pending:
-            yield EncodedUnit(unit, _encode_unit(config, encoder, token_ids, offsets, unit))
-
-    label = f"encoding prompts with {Path(encoder.name).name}"
-    return run_job(writer, len(prompts), config.unit_prompts, encode, label=label, noun="prompt", repair=repair)
+    return run_job(PromptJob(config, encoder), repair=repair, overcommit=overcommit)
 
 
 def _make_writer(
@@ -111,46 +197,6 @@ def _make_writer(
     }
     header = StoreHeader("prompt_features", identity, {})
     recorded = recorded_provenance(
-        encoder.name, config.samples, len(prompts), config.batch_size, config.out / header.folder_name
+        encoder, config.samples, len(prompts), config.batch_size, config.out / header.folder_name
     )
     return StoreWriter(config.out, replace(header, recorded=recorded), layouts, static)
-
-
-def _encode_unit(
-    config: PromptJobConfig, encoder: TextEncoder, token_ids: list[list[int]], offsets: Offsets, unit: Unit
-) -> dict[tuple[str, int], NDArray[Any]]:
-    """The shards a unit owns."""
-    step, num_tokens = config.shard_tokens, int(offsets[-1])
-    first_token, last_token = int(offsets[unit.rows.start]), int(offsets[unit.rows.stop])
-    token_shards = range(-(-first_token // step), -(-last_token // step))
-    end_of_tokens = min(token_shards.stop * step, num_tokens) if token_shards else last_token
-    last_prompt = max(unit.rows.stop, int(np.searchsorted(offsets, end_of_tokens, "left")))
-    tokens, pooled = _encode_prompts(config, encoder, token_ids[unit.rows.start : last_prompt])
-    shards: dict[tuple[str, int], NDArray[Any]] = {("pooled", unit.number): pooled[: len(unit.rows)]}
-    for shard in token_shards:
-        stop = min((shard + 1) * step, num_tokens)
-        shards["tokens", shard] = tokens[shard * step - first_token : stop - first_token]
-    return shards
-
-
-def _encode_prompts(
-    config: PromptJobConfig, encoder: TextEncoder, token_ids: list[list[int]]
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(L, D) token features end to end and (M, P) pooled features, computed in batches of like lengths."""
-    dtype, offsets = np.dtype(config.dtype), offsets_of(map(len, token_ids))
-    tokens = np.empty((int(offsets[-1]), encoder.token_width), dtype)
-    pooled = np.empty((len(token_ids), encoder.pooled_width), dtype)
-    by_length = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
-    for start in range(0, len(by_length), config.batch_size):
-        rows = by_length[start : start + config.batch_size]
-        encoding = encoder.encode([token_ids[row] for row in rows])
-        with np.errstate(over="ignore"):
-            pooled[rows] = encoding.pooled.float().cpu().numpy()
-            for row, values, mask in zip(rows, encoding.tokens.float().cpu(), encoding.mask.cpu(), strict=True):
-                tokens[offsets[row] : offsets[row + 1]] = values[mask].numpy()
-    for name, values in (("token", tokens), ("pooled", pooled)):
-        if not np.isfinite(values).all():
-            raise UsageError(
-                f"{encoder.name} gave {name} features that {dtype.name} cannot hold; store them as float32."
-            )
-    return tokens, pooled

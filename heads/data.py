@@ -40,7 +40,12 @@ _NAMES_A_SIDE = re.compile(
 
 
 def feature_shapes(cache: FeatureCache) -> FeatureShapes:
-    """The shapes a head for this cache is built for."""
+    """The shapes a head for this cache is built for.
+
+    Raises:
+        UsageError: the cache holds no layer.
+    """
+    _require_layers(cache, cache.images.layers)
     grids = {}
     for layer in cache.images.layers:
         _, height, width, channels = cache.images.features(layer).shape
@@ -87,12 +92,15 @@ class CachedSplit:
     Args:
         target_size: (H, W) at which targets are kept, bit-packed, decoded from their run lengths once; None for a
             split whose targets nobody asks for.
-        layers: cached layers to load; all by default.
+        layers: layers to load; by default all that were cached.
         residency: `"device"` keeps every feature on `device`, `"ram"` in memory, `"disk"` reads at each batch; `"auto"`
             takes the first of them where the features fill at most half of what is free. Same order and same values
             in each.
         device: where batches will be used. For a CUDA device they are laid into pinned memory.
-        all_views: draw images in every cached view, for training; otherwise as a whole.
+        all_views: draw images in every view that all of them have, for training; otherwise as a whole.
+
+    Raises:
+        UsageError: the split is unknown, none of its images could be encoded, or a layer was not cached.
     """
 
     def __init__(
@@ -105,6 +113,8 @@ class CachedSplit:
         device: torch.device | str = "cpu",
         all_views: bool = False,
     ) -> None:
+        layers = tuple(cache.images.layers if layers is None else layers)
+        _require_layers(cache, layers)
         samples = cache.samples.samples
         self.samples = cache.usable_samples(split)
         if not len(self.samples):
@@ -113,7 +123,7 @@ class CachedSplit:
         self._place_of_sample = {sample: place for place, sample in enumerate(self.samples.tolist())}
         self._image_of = cache.image_rows[samples.image_rows[self.samples]]
         self._prompt_of = cache.prompt_rows[samples.prompt_rows[self.samples]]
-        self._num_views = len(cache.images.view_specs) if all_views else 1
+        self._num_views = len(cache.images.fixed_specs) if all_views else 1
         self._allowed = _allowed_views(cache, self.samples, self._image_of, self._num_views)
         self._targets = None
         if target_size is not None:
@@ -122,7 +132,7 @@ class CachedSplit:
         self._tokens = torch.from_numpy(cache.prompts.tokens())
         self._pooled = torch.from_numpy(cache.prompts.pooled())
         rows = np.unique(self._image_of[:, None] + np.arange(self._num_views))
-        self._arrays = _Arrays(cache, tuple(layers or cache.images.layers), rows, residency, torch.device(device))
+        self._arrays = _Arrays(cache, layers, rows, residency, torch.device(device))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -218,7 +228,7 @@ class _Arrays:
         self._readers: dict[str, dict[str, RowReader]] = {
             "features": {layer: images.features(layer) for layer in layers},
             "scale": {layer: reader for layer, reader in scales.items() if reader is not None},
-            "cls": {layer: images.cls(layer) for layer in layers},
+            "cls": {layer: images.cls(layer) for layer in layers if layer in images.cls_layers},
         }
         readers = [reader for kind in self._readers.values() for reader in kind.values()]
         needed_bytes = sum(len(rows) * reader.layout.row_bytes for reader in readers)
@@ -269,6 +279,18 @@ def _choose_residency(needed_bytes: int, device: torch.device) -> Residency:
     return "ram" if needed_bytes <= psutil.virtual_memory().available // 2 else "disk"
 
 
+def _require_layers(cache: FeatureCache, layers: Sequence[str]) -> None:
+    held, name = cache.images.layers, cache.images.store.path.name
+    missing = [layer for layer in layers if layer not in held]
+    if missing:
+        raise UsageError(
+            f"{name} lacks layers that the head reads: {', '.join(missing)}. It holds {', '.join(held) or 'none'}; "
+            "name another store, or extract with --layers."
+        )
+    if not held:
+        raise UsageError(f"{name} holds no layers, of which a head reads one or more; extract with --layers.")
+
+
 def _allowed_views(
     cache: FeatureCache, samples: NDArray[np.int64], image_of: NDArray[np.int64], num_views: int
 ) -> NDArray[np.bool_]:
@@ -277,7 +299,7 @@ def _allowed_views(
     allowed = cache.images.valid[image_of[:, None] + np.arange(num_views)]
     if num_views > 1:
         names_a_side = np.array([bool(_NAMES_A_SIDE.search(task.prompts[row])) for row in task.prompt_rows[samples]])
-        mirrored = np.array([spec.endswith("flip") for spec in cache.images.view_specs])
+        mirrored = np.array([spec.endswith("flip") for spec in cache.images.fixed_specs])
         allowed &= ~(names_a_side[:, None] & mirrored)
     return allowed
 
@@ -290,14 +312,17 @@ def _pack_targets(
     size: Size,
     split: str,
 ) -> NDArray[np.uint8]:
-    """(S, K, ceil(h * w / 8)) bit-packed targets: a cell is set where the mask covers at least half of it."""
-    samples = cache.samples.samples
-    packed = np.empty((len(rows), num_views, -(-size[0] * size[1] // 8)), np.uint8)
+    """(S, K, ceil(h * w / 8)) bit-packed targets: a cell is set where the mask covers at least half of it.
+
+    A view that failed has none. It may have failed because it shows more pixels than there is memory for.
+    """
+    samples, images = cache.samples.samples, cache.images
+    packed = np.zeros((len(rows), num_views, -(-size[0] * size[1] // 8)), np.uint8)
 
     def pack(place: int) -> None:
         mask = samples.target(int(rows[place]))
-        for view in range(num_views):
-            seen = cache.images.views[image_of[place] + view].apply_to_mask(mask) if view else mask
+        for view in np.flatnonzero(images.valid[image_of[place] : image_of[place] + num_views]):
+            seen = images.views[image_of[place] + view].apply_to_mask(mask)
             cells = F.interpolate(torch.from_numpy(seen.astype(np.float32))[None, None], size=size, mode="area")
             packed[place, view] = np.packbits(cells[0, 0].numpy() >= 0.5)
 

@@ -102,10 +102,14 @@ def _origin(description: dict[str, Any]) -> list[tuple[str, str]]:
     encoder = identity["encoder"]
     origin = [
         ("encoder", f"{encoder['class']} from {recorded['encoder']}"),
-        ("weights", encoder["weights"][:12]),
+        ("weights", encoder["weights"][:12] + (f", adapter {encoder['adapter'][:12]}" if encoder["adapter"] else "")),
+        ("computed in", encoder["compute_dtype"]),
     ]
     if "preprocessing" in encoder:
         height, width = encoder["preprocessing"]["input_size"]
-        origin += [("input size", f"{height} x {width}"), ("layers", ", ".join(encoder["layers"]))]
+        aspect, outputs = encoder["preprocessing"]["aspect"], identity["outputs"]
+        origin += [("input size", f"{height} x {width}, {aspect}"), ("layers", ", ".join(outputs["layers"]) or "none")]
+        if outputs["attention"]:
+            origin.append(("attention", ", ".join(outputs["attention"])))
         origin.append(("views", ", ".join(identity["views"])))
     return [*origin, ("libraries", ", ".join(f"{name} {version}" for name, version in recorded["libraries"].items()))]

@@ -1,6 +1,6 @@
 """The command line. It only parses, runs a command and prints; with `--json`, stdout is one JSON object.
 
-Exit codes: 0 done, 1 done and found wanting, 2 the user's mistake, 3 a fault of ours, 130 interrupted.
+Exit codes: 0 done, 1 done and found wanting, 2 the user's mistake, 3 a fault of ours, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import errno
 import importlib.util
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
 
 from cache_schema.errors import UsageError
-from headstart.commands import CACHE_COMMANDS, COMMANDS, Command, Wanting
+from headstart.cache_commands import CACHE_COMMANDS
+from headstart.command import Command, Wanting
+from headstart.commands import COMMANDS
 
-DONE, WANTING, MISTAKE, FAULT, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, WANTING, MISTAKE, FAULT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 _USERS_ERRNOS = {
     errno.EACCES,
@@ -79,7 +83,7 @@ def _run(command: Command) -> int:
     _quiet_libraries()
     try:
         _require_own_evaluate()
-        with contextlib.redirect_stdout(sys.stderr if command.json else sys.stdout):
+        with _stopped_by_sigterm(), contextlib.redirect_stdout(sys.stderr if command.json else sys.stdout):
             result = command.run()
     except UsageError as mistake:
         print(f"headstart: {mistake}", file=sys.stderr)
@@ -97,6 +101,9 @@ def _run(command: Command) -> int:
             return _report_fault()
         print(f"headstart: {error.filename}: {error.strerror}; name another place, or mend this one.", file=sys.stderr)
         return MISTAKE
+    except Terminated:
+        print("\nheadstart: terminated; run the same command again to go on.", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("\nheadstart: interrupted; run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
@@ -108,6 +115,27 @@ def _run(command: Command) -> int:
     if command.json:
         print(json.dumps(result, indent=1, sort_keys=True))
     return WANTING if isinstance(result, Wanting) else DONE
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it before it kills: it ends a command the way Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the command, so that what is being written is finished and nothing half is left."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report_fault() -> int:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from extract.datasets.scenes import ScenesConfig, make_scenes
-from extract.image_job import ImageJobConfig, extract_images
+from extract.encoders import TINY
+from extract.image_job import ImageJobConfig
+from extract.job import run_job
 from extract.prepare import PrepareConfig, prepare
-from extract.prompt_job import PromptJobConfig, extract_prompts
+from extract.prompt_job import PromptJobConfig
+from extract.tasks import ImageTask, TextTask
 from headstart import api
-from headstart.encoders import UNTRAINED_NOTE, image_encoder, text_encoder
+from headstart.encoders import UNTRAINED_NOTE, image_spec, text_spec
 from headstart.tables import results_table
 
 HEADS = ("cross_attention", "linear")
@@ -40,12 +43,12 @@ def run_demo(out: Path, num_images: int) -> dict[str, Any]:
     encoders = out / "encoders"
     images = timed(
         "extract images",
-        lambda: extract_images(ImageJobConfig(prepared.path, stores), image_encoder("tiny", encoders, device="cpu")),
+        lambda: run_job(ImageTask(ImageJobConfig(prepared.path, stores), image_spec(TINY, encoders)).open("cpu")),
     )
     print(images.summary("images"))
     prompts = timed(
         "extract prompts",
-        lambda: extract_prompts(PromptJobConfig(prepared.path, stores), text_encoder("tiny", encoders, device="cpu")),
+        lambda: run_job(TextTask(PromptJobConfig(prepared.path, stores), text_spec(TINY, encoders)).open("cpu")),
     )
     print(prompts.summary("prompts"))
     cache = api.open_cache(stores, samples=prepared.path, images=images.path, prompts=prompts.path)

@@ -20,8 +20,7 @@ import pytest
 
 if TYPE_CHECKING:
     from cache_schema.features import FeatureCache
-    from extract.encoders.image import VisionTransformerEncoder
-    from extract.encoders.text import ClipTextEncoder
+    from extract.encoders.protocols import ImageEncoder, TextEncoder
     from extract.encoders.tiny import TinyEncoders
     from extract.job import Extraction
     from heads.train import Training
@@ -38,6 +37,14 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small tensors are slower in several threads, the more so where tests run side by side."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -71,23 +78,25 @@ def tiny_encoders(workspace: Path) -> TinyEncoders:
 
 
 @pytest.fixture(scope="session")
-def image_encoder(tiny_encoders: TinyEncoders) -> VisionTransformerEncoder:
+def image_encoder(tiny_encoders: TinyEncoders) -> ImageEncoder:
     """The tiny image encoder at a small, non-square input: grids of 4 x 6 cells for the layers "1" and "last"."""
     from extract.encoders.image import load_image_encoder
+    from extract.encoders.specs import ImageEncoderSpec
 
-    return load_image_encoder(str(tiny_encoders.image), layers=LAYERS, input_size=(64, 96))
+    return load_image_encoder(ImageEncoderSpec(str(tiny_encoders.image), layers=LAYERS, input_size=(64, 96)))
 
 
 @pytest.fixture(scope="session")
-def text_encoder(tiny_encoders: TinyEncoders) -> ClipTextEncoder:
+def text_encoder(tiny_encoders: TinyEncoders) -> TextEncoder:
     """The tiny text encoder."""
+    from extract.encoders.specs import TextEncoderSpec
     from extract.encoders.text import load_text_encoder
 
-    return load_text_encoder(str(tiny_encoders.text))
+    return load_text_encoder(TextEncoderSpec(str(tiny_encoders.text)))
 
 
 @pytest.fixture(scope="session")
-def image_extraction(workspace: Path, samples_path: Path, image_encoder: VisionTransformerEncoder) -> Extraction:
+def image_extraction(workspace: Path, samples_path: Path, image_encoder: ImageEncoder) -> Extraction:
     """Image features of the scenes, in shards of eight."""
     from extract.image_job import ImageJobConfig, extract_images
 
@@ -95,7 +104,7 @@ def image_extraction(workspace: Path, samples_path: Path, image_encoder: VisionT
 
 
 @pytest.fixture(scope="session")
-def prompt_extraction(workspace: Path, samples_path: Path, text_encoder: ClipTextEncoder) -> Extraction:
+def prompt_extraction(workspace: Path, samples_path: Path, text_encoder: TextEncoder) -> Extraction:
     """Prompt features of the scenes."""
     from extract.prompt_job import PromptJobConfig, extract_prompts
 
@@ -121,7 +130,7 @@ def run(workspace: Path, feature_cache: FeatureCache) -> Training:
 
 @pytest.fixture(scope="session")
 def int8_cache(
-    workspace: Path, samples_path: Path, image_encoder: VisionTransformerEncoder, prompt_extraction: Extraction
+    workspace: Path, samples_path: Path, image_encoder: ImageEncoder, prompt_extraction: Extraction
 ) -> FeatureCache:
     """The same images in int8, each encoded by itself, with the same prompts."""
     from cache_schema.features import open_cache
@@ -133,7 +142,7 @@ def int8_cache(
 
 @pytest.fixture(scope="session")
 def views_cache(
-    workspace: Path, samples_path: Path, image_encoder: VisionTransformerEncoder, prompt_extraction: Extraction
+    workspace: Path, samples_path: Path, image_encoder: ImageEncoder, prompt_extraction: Extraction
 ) -> FeatureCache:
     """The same images in four views each, in shards that cut between the views of an image, with the same prompts."""
     from cache_schema.features import open_cache

@@ -1,143 +1,151 @@
-"""Vision transformers of the DINO family behind the `ImageEncoder` protocol, loaded by hub id or folder."""
+"""Frozen image models of transformers behind the `ImageEncoder` protocol, loaded by hub id or folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import (
-    Dinov2Model,
-    Dinov2WithRegistersModel,
-    DINOv3ViTModel,
-    PreTrainedModel,
-)
-from transformers.image_processing_utils import BaseImageProcessor
 
-from cache_schema.errors import UsageError, unknown_name
-from cache_schema.masks import Size
-from extract.encoders.loading import digest_weights, from_hub, load_checkpoint, read_config
+from cache_schema.errors import UsageError
+from cache_schema.views import View
+from extract.encoders.families import PYRAMIDS, TRANSFORMERS
+from extract.encoders.loading import digest_weights, lay_adapter, load_checkpoint, read_config
+from extract.encoders.precision import computing_in
+from extract.encoders.processors import make_preprocessing, read_processor
 from extract.encoders.protocols import ImageEncoding
-from extract.images import BICUBIC, BILINEAR, RESAMPLING, Preprocessing
+from extract.encoders.pyramid import Pyramid, stride_of
+from extract.encoders.sizes import check_size, own_size, pair_of
+from extract.encoders.specs import ImageEncoderSpec, Precision
+from extract.encoders.vision_transformer import VisionTransformer
+from extract.preprocessing import Preprocessing
 
-IMAGE_MODELS: dict[str, type[PreTrainedModel]] = {
-    "dinov2": Dinov2Model,
-    "dinov2_with_registers": Dinov2WithRegistersModel,
-    "dinov3_vit": DINOv3ViTModel,
-}
-"""By the `model_type` of a checkpoint's config.json."""
-
-FINAL_LAYER = "last"
-"""The output of the last block after the final layer norm. A number names a block's output before any norm."""
+ImageTower = VisionTransformer | Pyramid
 
 
-class VisionTransformerEncoder:
-    """Token grids and CLS tokens of a vision transformer. Register tokens are dropped.
+class HubImageEncoder:
+    """A tower with the preprocessing of its checkpoint.
 
     Args:
-        model: one of `IMAGE_MODELS`.
-        config: the checkpoint's config.json, part of its identity.
-        preprocessing: must give `input_size` in multiples of the patch.
-        layers: `"last"` (final norm applied) and block numbers as strings: `"9"` is `hidden_states[9]`, the output of
-            the ninth block, not normed; `"0"` is the embeddings.
-        name: what people call it; not part of its identity.
+        tower: on the CPU, as it was made for `precision`.
+        preprocessing: to the tower's input size.
+        identity: all that decides the features, but for which of them are asked for.
+        name, adapter: where checkpoint and adapter were loaded from; not part of the identity.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        config: Mapping[str, Any],
+        tower: ImageTower,
         preprocessing: Preprocessing,
-        layers: Sequence[str],
+        identity: Mapping[str, Any],
         name: str,
+        *,
+        adapter: str | None = None,
         device: str = "cpu",
+        precision: Precision = "float32",
     ) -> None:
-        patch = model.config.patch_size
-        if not layers:
-            raise UsageError("no layer is asked for; name at least one, such as last.")
-        if any(side % patch or side < patch for side in preprocessing.input_size):
-            height, width = preprocessing.input_size
-            raise UsageError(f"input size {height} x {width} is no multiple of {name}'s patch of {patch} pixels.")
-        known = [FINAL_LAYER, *map(str, range(model.config.num_hidden_layers + 1))]
-        for layer in layers:
-            if layer not in known:
-                raise unknown_name("layer", layer, known)
         self.name = name
-        self._model = model.to(device)
-        self._config = config
+        self.adapter = adapter
+        self.device = device
+        self._identity = identity
+        self._tower = tower.to(device).eval()
         self._preprocessing = preprocessing
-        self._layers = tuple(layers)
-        self._device = device
-        self._num_prefix_tokens = 1 + getattr(model.config, "num_register_tokens", 0)
+        self._precision = precision
 
-    @cached_property
+    @property
     def identity(self) -> Mapping[str, Any]:
-        return {
-            "class": type(self._model).__name__,
-            "config": self._config,
-            "weights": digest_weights(self._model),
-            "adapter": None,
-            "preprocessing": self._preprocessing.to_dict(),
-            "layers": list(self._layers),
-            "compute_dtype": "float32",
-        }
+        """As plain JSON, all that decides the features, but for which of them are asked for."""
+        return self._identity
 
     @property
     def grids(self) -> Mapping[str, tuple[int, int, int]]:
-        height, width = (side // self._model.config.patch_size for side in self._preprocessing.input_size)
-        return dict.fromkeys(self._layers, (height, width, self._model.config.hidden_size))
+        """(gh, gw, d) of each layer."""
+        return self._tower.grids
 
-    def preprocess(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(H, W, 3) uint8 RGB -> (3, h, w) float32."""
-        return self._preprocessing(image)
+    @property
+    def cls_widths(self) -> Mapping[str, int]:
+        """d of each layer with a CLS token."""
+        return self._tower.cls_widths
+
+    @property
+    def attention_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of one image's attention outputs, by name."""
+        return self._tower.attention_shapes
+
+    def fit(self, view: View) -> View:
+        """What is looked at where a view is asked for."""
+        return self._preprocessing.fit(view)
+
+    def preprocess(self, image: NDArray[np.uint8]) -> UInt8[np.ndarray, "h w 3"]:
+        """(H, W, 3) uint8 RGB -> (h, w, 3) uint8 at the input size."""
+        return self._preprocessing.resize(image)
 
     @torch.inference_mode()
-    def encode(self, pixels: Float[Tensor, "i 3 h w"]) -> ImageEncoding:
-        """Features of i preprocessed images, in float32, on the encoder's device."""
-        output = self._model(pixel_values=pixels.to(self._device), output_hidden_states=True)
-        states = {
-            layer: output.last_hidden_state if layer == FINAL_LAYER else output.hidden_states[int(layer)]
-            for layer in self._layers
-        }
-        features = {
-            layer: state[:, self._num_prefix_tokens :].unflatten(1, self.grids[layer][:2])
-            for layer, state in states.items()
-        }
-        return ImageEncoding(features, {layer: state[:, 0] for layer, state in states.items()})
+    def encode(self, pixels: UInt8[Tensor, "i h w 3"]) -> ImageEncoding:
+        """Features of i preprocessed images, on the encoder's device.
+
+        In float32. Under a half precision a layer has the type that autocast leaves it in: that of a residual sum or a
+        norm is float32, that of a convolution is half. Attention outputs are float32 always.
+        """
+        normalised = self._preprocessing.normalise(pixels.to(self.device))
+        with computing_in(self._precision, self.device):
+            encoding: ImageEncoding = self._tower(normalised)
+        return encoding
 
 
-def load_image_encoder(
-    source: str, *, layers: Sequence[str] = (FINAL_LAYER,), input_size: Size | None = None, device: str = "cpu"
-) -> VisionTransformerEncoder:
+def load_image_encoder(spec: ImageEncoderSpec, *, device: str = "cpu", compiled: bool = False) -> HubImageEncoder:
     """Load an image encoder by hub id or folder.
 
     Args:
-        input_size: (H, W) in pixels; by default the square size the checkpoint was trained at.
+        compiled: compile its blocks by torch, which takes a while and changes features in their last bits.
 
     Raises:
-        UsageError: the checkpoint cannot be had, is of another family, lacks weights, or cannot take that size.
+        UsageError: the checkpoint or its adapter cannot be had, is of another family, lacks weights, or cannot give
+            what is asked for.
     """
-    config = read_config(source)
+    config = read_config(spec.source)
     family = config.get("model_type")
-    if family not in IMAGE_MODELS:
-        raise UsageError(f"{source} has model type {family!r}; image encoders are {', '.join(IMAGE_MODELS)}.")
-    processor = from_hub(source, lambda: BaseImageProcessor.get_image_processor_dict(source)[0])
-    if not {"image_mean", "image_std"} <= processor.keys():
-        raise UsageError(f"{source}/preprocessor_config.json lacks image_mean or image_std; fetch it again.")
-    resample = processor.get("resample", BILINEAR if family == "dinov3_vit" else BICUBIC)
-    if resample not in RESAMPLING:
-        raise UsageError(f"{source} resamples by Pillow's filter {resample}; known are {list(RESAMPLING)}.")
-    model = load_checkpoint(IMAGE_MODELS[family], source)
-    side = model.config.image_size
-    preprocessing = Preprocessing(
-        input_size=input_size or (side, side),
-        mean=tuple(processor["image_mean"]),
-        std=tuple(processor["image_std"]),
-        resample=RESAMPLING[resample],
+    if family not in TRANSFORMERS and family not in PYRAMIDS:
+        known = ", ".join([*TRANSFORMERS, *PYRAMIDS])
+        raise UsageError(f"{spec.source} has model type {family!r}; image encoders are {known}.")
+    kind = TRANSFORMERS.get(family) or PYRAMIDS[family]
+    processor = read_processor(spec.source)
+    model = load_checkpoint(kind.model_class, spec.source)
+    own = own_size(model.config, processor, spec.source)
+    input_size = pair_of(spec.input_size or own)
+    if family in PYRAMIDS:
+        check_size(input_size, pair_of(stride_of(model)), spec.source)
+    elif input_size != own:  # which may leave something over: in 384 pixels, SigLIP's so400m has 27 patches of 14
+        check_size(input_size, pair_of(model.config.patch_size), spec.source)
+    preprocessing = make_preprocessing(processor, spec.source, input_size, spec.aspect, kind.resample)
+    weights, adapter = digest_weights(model), None
+    if spec.adapter is not None:
+        model, adapter = lay_adapter(model, spec.adapter)
+    tower: ImageTower
+    if family in TRANSFORMERS:
+        tower = VisionTransformer(model, TRANSFORMERS[family], spec.layers, spec.attention, input_size, spec.precision)
+    else:
+        tower = Pyramid(model, PYRAMIDS[family], spec.layers, spec.attention, input_size, spec.precision)
+    if compiled:
+        tower.compile_blocks()
+    identity = {
+        "class": kind.model_class.__name__,
+        "config": config,
+        "weights": weights,
+        "adapter": adapter,
+        "preprocessing": preprocessing.to_dict(),
+        "compute_dtype": spec.precision,
+    }
+    return HubImageEncoder(
+        tower,
+        preprocessing,
+        identity,
+        spec.source,
+        adapter=spec.adapter,
+        device=device,
+        precision=spec.precision,
     )
-    return VisionTransformerEncoder(model, config, preprocessing, layers, source, device)

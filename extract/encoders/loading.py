@@ -1,35 +1,70 @@
-"""Loading Hugging Face checkpoints, strictly: all weights or none, no remote code, and a digest of what was loaded."""
+"""Loading Hugging Face checkpoints, strictly: all weights or none, no remote code, and a digest of what was loaded.
+
+Weights are read from safetensors, or unpickled by torch with `weights_only`, which runs no code of the file's.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cache_schema.errors import UsageError
+from cache_schema.fingerprint import canonical_json
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_INCIDENTAL = frozenset({"transformers_version", "dtype", "torch_dtype", "architectures", "id2label", "label2id"})
+_INCIDENTAL_TO_AN_ADAPTER = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "lora_dropout",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
+_REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError)
+"""What transformers, PEFT, torch and safetensors raise where a file is missing, cut short or of another model."""
 
 
-def load_checkpoint(model_class: type[PreTrainedModel], source: str) -> PreTrainedModel:
+def load_checkpoint(model_class: type[PreTrainedModel], source: str, **config_changes: Any) -> PreTrainedModel:
     """Load a checkpoint by hub id or folder, in float32, frozen and in evaluation mode.
 
+    Args:
+        config_changes: fields of the model's config that its file lacks.
+
     Raises:
-        UsageError: nothing is there to load, or some weights of the model are missing from it.
+        UsageError: nothing is there to load, or some weights of the model are missing from it or have another shape.
     """
     model, report = from_hub(
         source,
         lambda: model_class.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            source,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            **config_changes,
         ),
     )
-    missing = sorted({*report["missing_keys"], *report["mismatched_keys"]})
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    missing = sorted({*report["missing_keys"], *mismatched})
     if missing:
         raise UsageError(
             f"{source} lacks {len(missing)} weights that {model_class.__name__} needs (first: {missing[0]}); "
@@ -46,7 +81,7 @@ def from_hub(source: str, load: Callable[[], T]) -> T:
     """
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except _REFUSALS as error:
         if isinstance(error, UsageError):
             raise
         if Path(source).exists():
@@ -64,15 +99,75 @@ def digest_weights(model: nn.Module) -> str:
 
     It is the same for a hub id, a folder and any split into files, and another one as soon as a weight differs.
     """
-    running = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        running.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        running.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return running.hexdigest()
+    return _digest(model.state_dict()).hexdigest()
+
+
+def lay_adapter(model: Model, folder: str) -> tuple[Model, str]:
+    """Merge a LoRA adapter, a folder that PEFT's `save_pretrained` wrote, into the model it was made for.
+
+    Every weight of the adapter must have its place in the model, and every place of the adapter its weight.
+
+    Args:
+        model: in float32, in which the merging is done. It is changed, and not to be used any more.
+
+    Returns:
+        The model with the adapter, and the adapter's digest: SHA-256 over its settings and its weights.
+
+    Raises:
+        UsageError: the folder holds no LoRA adapter, or one that was made for another model.
+    """
+    settings = _read_adapter_settings(folder)
+    try:
+        weights = load_peft_weights(folder, device="cpu")
+        with warnings.catch_warnings():
+            # Of settings that this version of PEFT does not know it only warns; they would have had a meaning.
+            warnings.filterwarnings("error", "Unexpected keyword arguments")
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks transformers for what v6 will not have
+            config = LoraConfig.from_pretrained(folder)
+            config.inference_mode = True
+            adapted = PeftModel(model, config)
+        report = set_peft_model_state_dict(adapted, weights)
+        missing = [key for key in report.missing_keys if "default" in key.split(".")]
+        if missing or report.unexpected_keys:
+            raise ValueError(
+                f"{len(report.unexpected_keys)} of its weights have no place and {len(missing)} places no weight, "
+                f"first {sorted([*missing, *report.unexpected_keys])[0]}"
+            )
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (*_REFUSALS, UserWarning) as error:
+        raise UsageError(
+            f"the adapter {folder} cannot be laid on {type(model).__name__} ({_first_line(error)}); "
+            "name an adapter that was made for this model."
+        ) from error
+    digest = _digest(weights)
+    digest.update(canonical_json(settings))
+    return merged.eval().requires_grad_(False), digest.hexdigest()
+
+
+def _read_adapter_settings(folder: str) -> dict[str, Any]:
+    """What of an adapter's config decides what it does. PEFT writes sets as lists, in another order each time."""
+    files = [Path(folder, name) for name in (_ADAPTER_CONFIG, *_ADAPTER_WEIGHTS)]
+    if not files[0].is_file() or not any(file.is_file() for file in files[1:]):
+        raise UsageError(
+            f"{folder} is no adapter folder: it lacks {_ADAPTER_CONFIG} or {_ADAPTER_WEIGHTS[0]}; "
+            "name a folder that PEFT's save_pretrained wrote."
+        )
+    try:
+        settings = json.loads(files[0].read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{files[0]} is not JSON ({error}); save the adapter again.") from error
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA":
+        raise UsageError(f"{folder} holds an adapter of type {kind}; LoRA adapters can be laid on an encoder.")
+    return {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+        for key, value in settings.items()
+        if key not in _INCIDENTAL_TO_AN_ADAPTER
+    }
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """A checkpoint's config.json as it was published, without names, paths and library versions.
+    """A checkpoint's config.json as it was published, without names of models and classes, paths and versions.
 
     As published, not as a library fills it in: the identity of an encoder must not change with the library.
 
@@ -86,9 +181,16 @@ def read_config(source: str) -> dict[str, Any]:
 def _without_incidentals(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
-    skipped = {"transformers_version", "dtype", "torch_dtype", "architectures"}
-    kept = {key: value for key, value in config.items() if key not in skipped and not key.startswith("_")}
+    kept = {key: value for key, value in config.items() if key not in _INCIDENTAL and not key.startswith("_")}
     return {key: _without_incidentals(value) for key, value in kept.items()}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> Any:
+    running = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        running.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        running.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return running
 
 
 def _first_line(error: BaseException) -> str:

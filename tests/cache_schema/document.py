@@ -21,6 +21,7 @@ OPTIONAL = ", optional"
 _TUPLES = {"pair": 2, "triple": 3}
 _DIGESTS = {"sha256": 64, "xxh3": 32}
 _OF_A_LAYER = ("gh", "gw", "D")
+"""Lengths that differ from layer to layer."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ def _field_faults(
 
 def fits(kind: str, value: Any) -> bool:
     """Whether a value has one of the document's field types."""
+    first, _, second = kind.partition(" or ")
+    if second:
+        return fits(first, value) or fits(second, value)
     container, _, of = kind.partition(" of ")
     if of:
         if container == "map":
@@ -175,18 +179,24 @@ def array_faults(rows: Sequence[Row], stores: Iterable[FoundArrays], heading: st
 
 
 def _names(row: Row, identity: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The arrays of a store that a row stands for, each with what its placeholder stands for."""
+    """The arrays of a store that a row stands for, each with what its placeholder stands for.
+
+    The placeholder of a row without one is the group of the array, where it lies in one that need not be there.
+    """
     name, when = name_of(row), row["when"]
     if when == "always":
         return [(name, "")]
-    if when == "for each name in `identity.tags`":
-        return [(name.replace("<name>", tag), tag) for tag in identity["tags"]]
-    layers = identity["outputs"]["layers"]
-    if when == "for each layer, where `identity.dtype` is int8":
-        layers = layers if identity["dtype"] == "int8" else []
-    else:
-        assert when == "for each layer", f"the test does not know when `{name}` is there: {when!r}"
-    return [(name.replace("<layer>", layer), layer) for layer in layers]
+    parsed = re.fullmatch(r"(for each name in `\S+`|where `\S+` names it)(, where `identity.dtype` is (\w+))?", when)
+    assert parsed, f"the test does not know when `{name}` is there: {when!r}"
+    listed: Any = {"identity": identity}
+    for step in codes(when)[0].split("."):
+        listed = listed[step]
+    if parsed[3] is not None and identity["dtype"] != parsed[3]:
+        return []
+    if parsed[1].startswith("where"):
+        group, _, last = name.rpartition("/")
+        return [(name, group)] if last in listed else []
+    return [(name[: name.index("<")] + value, value) for value in listed]
 
 
 def _describe(metadata: Mapping[str, Any]) -> dict[str, Any]:

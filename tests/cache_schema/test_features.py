@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 
 from cache_schema.errors import StoreMismatchError, UsageError
-from cache_schema.features import FeatureCache, open_cache
+from cache_schema.features import FeatureCache, ImageFeatures, open_cache
 from cache_schema.fingerprint import fingerprint
 from cache_schema.layout import ArrayLayout
-from cache_schema.masks import empty_mask
+from cache_schema.masks import Size, empty_mask
 from cache_schema.ragged import offsets_of
 from cache_schema.samples import ImageTable, Samples, digest_array, string_arrays, write_samples
-from cache_schema.store import StaticArray, StoreHeader, StoreWriter
-from cache_schema.views import View
+from cache_schema.store import StaticArray, StoreHeader, StoreWriter, open_store
+from cache_schema.views import View, make_views
 
 IMAGES = ("a", "b", "c", "d", "e")
 PROMPTS = ("one", "two", "three", "four")
@@ -52,48 +53,62 @@ def write_task(parent: Path, images: Sequence[str], prompts: Sequence[str], dige
 
 
 def write_images(
-    parent: Path, images: Sequence[str], invalid: Sequence[str] = (), views: Sequence[str] = ("whole",)
+    parent: Path,
+    images: Sequence[str],
+    invalid: Sequence[str] = (),
+    views: Sequence[str] = ("whole",),
+    layers: Sequence[str] = ("last",),
+    cls: Sequence[str] = ("last",),
+    attention: Sequence[str] = (),
 ) -> Path:
-    """An image-feature store in which every feature of row n is n, and which holds rows for each view of an image."""
-    rows = [image for image in images for _ in views]
+    """An image-feature store in which every feature of row n is n, and which holds rows for each view of an image.
+
+    Every image is as high as its place in the alphabet and 4 pixels wide, so that images differ in their windows.
+    """
+    shown = [make_views(views, size_of(image), sha256_of(image)) for image in images]
+    rows = [image for image, of_image in zip(images, shown, strict=True) for _ in of_image]
     num = len(rows)
     layouts = [
         ArrayLayout("valid", (num,), np.dtype(np.bool_), 2, 2, ("view",)),
-        ArrayLayout("features/last", (num, 2, 2, 3), np.dtype(np.float16), 1, 2, ("view", "h", "w", "d")),
-        ArrayLayout("cls/last", (num, 3), np.dtype(np.float16), 2, 2, ("view", "d")),
+        *(
+            ArrayLayout(f"features/{layer}", (num, 2, 2, 3), np.dtype(np.float16), 1, 2, ("view", "h", "w", "d"))
+            for layer in layers
+        ),
+        *(ArrayLayout(f"cls/{layer}", (num, 3), np.dtype(np.float16), 2, 2, ("view", "d")) for layer in cls),
+        *(ArrayLayout(f"attention/{name}", (num, 2), np.dtype(np.float16), 1, 2, ("view", "d")) for name in attention),
     ]
     static = [
         *string_arrays("image/id", rows, "view"),
         StaticArray("image/sha256", digest_array([sha256_of(image) for image in rows]), ("view", "byte")),
         StaticArray(
-            "view", np.array([(0, 0, 4, 4, view == "flip") for _ in images for view in views]), ("view", "box")
+            "view", np.array([view.to_row() for of_image in shown for view in of_image], np.int32), ("view", "box")
         ),
     ]
     identity = {
         "encoder": {"name": "fake"},
-        "outputs": {"layers": ["last"]},
+        "outputs": {"layers": list(layers), "cls": list(cls), "attention": list(attention)},
         "views": list(views),
         "images": list(images),
     }
     writer = StoreWriter(parent, StoreHeader("image_features", identity, {}), layouts, static)
     writer.begin()
     valid = np.array([image not in invalid for image in rows])
-    features = np.broadcast_to(np.arange(num, dtype=np.float16)[:, None, None, None], (num, 2, 2, 3))
     units = []
     for shard in range(layouts[0].num_shards):
-        part = slice(layouts[0].rows_of_shard(shard).start, layouts[0].rows_of_shard(shard).stop)
+        part = layouts[0].rows_of_shard(shard)
         units.append(f"{shard:06d}")
-        writer.commit(
-            units[-1],
-            (part.start, part.stop),
-            {
-                ("valid", shard): valid[part],
-                ("features/last", shard): features[part],
-                ("cls/last", shard): features[part, 0, 0],
-            },
-        )
+        shards = {("valid", shard): valid[part.start : part.stop]}
+        for layout in layouts[1:]:
+            values = np.arange(part.start, part.stop, dtype=layout.dtype)
+            values = values.reshape(-1, *(1 for _ in layout.shape[1:]))
+            shards[layout.name, shard] = np.broadcast_to(values, (len(part), *layout.shape[1:]))
+        writer.commit(units[-1], (part.start, part.stop), shards)
     writer.finish(units)
     return writer.path
+
+
+def size_of(image: str) -> Size:
+    return (ord(image[0]) - ord("a") + 1, 4)
 
 
 def write_prompts(parent: Path, prompts: Sequence[str]) -> Path:
@@ -142,13 +157,55 @@ def test_of_an_image_with_several_views_the_whole_is_found_and_the_others_follow
     samples = write_task(tmp_path, ["d", "a", "c"], PROMPTS)
     images = write_images(tmp_path, IMAGES, invalid=["a"], views=["whole", "flip", "scale-2"])
     cache = open_cache(samples, images, write_prompts(tmp_path, PROMPTS))
-    assert cache.images.view_specs == ("whole", "flip", "scale-2")
+    assert cache.images.view_specs == cache.images.fixed_specs == ("whole", "flip", "scale-2")
     assert cache.image_rows.tolist() == [9, 0, 6]
     assert [cache.images.views[row].flip for row in (9, 10, 11)] == [False, True, False]
     assert cache.images.views[9] == View((0, 0, 4, 4), flip=False)
+    assert cache.images.rows_of_image(3) == range(9, 12)
     assert [cache.images.ids[row] for row in cache.image_rows] == ["d", "a", "c"]
     assert cache.usable_samples("val").tolist() == []
     assert cache.usable_samples("train").tolist() == [*range(4), *range(8, 12)]
+
+
+def test_images_with_unequal_numbers_of_windows_are_found_by_where_they_start(tmp_path: Path) -> None:
+    samples = write_task(tmp_path, ["d", "a", "c", "b"], PROMPTS)
+    images = write_images(tmp_path, IMAGES, invalid=["c"], views=["whole", "flip", "windows-1-1"])
+    cache = open_cache(samples, images, write_prompts(tmp_path, PROMPTS))
+    assert cache.images.view_specs == ("whole", "flip", "windows-1-1")
+    assert cache.images.fixed_specs == ("whole", "flip")
+    num_windows = [4, 2, 2, 1, 2]  # of images that are 1 to 5 high and 4 wide
+    first = [sum(2 + num for num in num_windows[:image]) for image in range(6)]
+    assert [cache.images.rows_of_image(image) for image in range(5)] == [
+        range(start, stop) for start, stop in itertools.pairwise(first)
+    ]
+    assert cache.image_rows.tolist() == [first[3], first[0], first[2], first[1]]
+    for image, row in zip(["d", "a", "c", "b"], cache.image_rows.tolist(), strict=True):
+        rows = cache.images.rows_of_image(IMAGES.index(image))
+        assert {cache.images.ids[other] for other in rows} == {image}
+        assert [cache.images.views[other] for other in rows] == make_views(
+            cache.images.view_specs, size_of(image), sha256_of(image)
+        )
+        assert cache.images.features("last").read([row])[0, 0, 0, 0] == row
+    assert cache.usable_samples("train").tolist() == [*range(4)], "those of d; c failed, and a and b are for validation"
+
+
+def test_a_store_may_hold_cls_tokens_and_attention_alone(tmp_path: Path) -> None:
+    path = write_images(tmp_path, IMAGES, layers=(), cls=("last",), attention=("head_tokens", "mean_token"))
+    cache = open_cache(write_task(tmp_path, IMAGES, PROMPTS), path, write_prompts(tmp_path, PROMPTS))
+    assert cache.images.layers == ()
+    assert cache.images.cls_layers == ("last",)
+    assert cache.images.attention_outputs == ("head_tokens", "mean_token")
+    assert cache.images.cls("last").read([3])[0].tolist() == [3, 3, 3]
+    for name in cache.images.attention_outputs:
+        assert cache.images.attention(name).read([4])[0].tolist() == [4, 4]
+
+
+def test_layers_without_a_cls_token_have_none(tmp_path: Path) -> None:
+    images = ImageFeatures(open_store(write_images(tmp_path, IMAGES, layers=("1", "last"), cls=())))
+    assert images.layers == ("1", "last")
+    assert images.cls_layers == images.attention_outputs == ()
+    with pytest.raises(UsageError, match="has no array 'cls/last'"):
+        images.cls("last")
 
 
 def test_scales_are_there_only_where_features_are_int8(feature_cache: FeatureCache) -> None:

@@ -358,10 +358,12 @@ def test_repair_gives_several_views_in_int8_their_bytes_back(
     stores: Path, samples_path: Path, tiny_encoders: TinyEncoders
 ) -> None:
     from extract.encoders.image import load_image_encoder
+    from extract.encoders.specs import ImageEncoderSpec
     from extract.image_job import ImageJobConfig, extract_images
     from headstart.cache_care import repair
 
-    encoder = load_image_encoder(str(stores.parent / "encoders" / tiny_encoders.image.name), input_size=(64, 96))
+    source = stores.parent / "encoders" / tiny_encoders.image.name
+    encoder = load_image_encoder(ImageEncoderSpec(str(source), input_size=(64, 96)))
     config = ImageJobConfig(
         stores / samples_path.name, stores, None, "int8", shard_rows=16, views=("whole", "flip", "crop-0.6")
     )

@@ -17,13 +17,13 @@ from evaluate.evaluation import predict_masks
 from evaluate.predictor import Predictor
 from heads.checkpoint import load_head
 from heads.data import CachedSplit, Draw, feature_shapes
-from heads.inputs import HeadInputs
+from heads.inputs import Head, HeadInputs, HeadOutputs
 from heads.linear import build_linear
 from heads.train import Training
+from tests.extract.toys import ToyImageEncoder, ToyTextEncoder
 
 if TYPE_CHECKING:
-    from extract.encoders.image import VisionTransformerEncoder
-    from extract.encoders.text import ClipTextEncoder
+    from extract.encoders.protocols import ImageEncoder, TextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def test_a_prediction_from_pixels_is_the_prediction_from_the_cache(trained: Trai
 
 def test_an_image_is_seen_as_an_int8_cache_keeps_it(
     int8_cache: FeatureCache,
-    image_encoder: VisionTransformerEncoder,
-    text_encoder: ClipTextEncoder,
+    image_encoder: ImageEncoder,
+    text_encoder: TextEncoder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache, samples = int8_cache, int8_cache.samples.samples
@@ -96,6 +96,33 @@ def test_many_prompts_on_one_image_equal_each_prompt_alone(predictor: Predictor)
         assert prediction.mask.shape == (70, 110)
         np.testing.assert_allclose(prediction.probability, alone.probability, atol=1e-4)
         np.testing.assert_array_equal(prediction.mask, prediction.probability > 0.5)
+
+
+class ListeningHead(Head):
+    """Keeps what it was given."""
+
+    layers = ("fine",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(()))
+        self.heard: HeadInputs | None = None
+
+    def forward(self, inputs: HeadInputs) -> HeadOutputs:
+        self.heard = inputs
+        return HeadOutputs(inputs.features["fine"][inputs.image_index, ..., 0] + self.bias)
+
+
+@pytest.mark.parametrize("image_dtype", ["float16", "float32", "int8"])
+def test_a_head_is_given_zeros_for_padding_whatever_the_encoder_says_of_it(image_dtype: str) -> None:
+    head = ListeningHead()
+    predictor = Predictor(head, ToyImageEncoder(), ToyTextEncoder(), image_dtype=image_dtype)
+    predictor.set_image(np.zeros((5, 9, 3), np.uint8)).predict(["circle", "a red circle"])
+    assert head.heard is not None
+    tokens, mask = head.heard.prompt_tokens, head.heard.prompt_mask
+    assert mask.sum(1).tolist() == [3, 5]
+    assert not tokens[~mask].any()
+    assert tokens[mask][:, 0].all()
 
 
 def test_words_the_encoder_never_met_are_taken_all_the_same(predictor: Predictor) -> None:

@@ -19,10 +19,10 @@ from cache_schema.store import Store, open_store
 from extract.encoders.protocols import ImageEncoding
 from extract.image_job import ImageJobConfig, extract_images
 from extract.images import decode_image
-from tests.extract.toys import NUM_IMAGES, SHARD_ROWS, ToyImageEncoder, digest_of, flip_byte
+from tests.extract.toys import NUM_IMAGES, SHARD_ROWS, ToyImageEncoder, digest_of, flip_byte, pool
 
 if TYPE_CHECKING:
-    from extract.encoders.image import VisionTransformerEncoder
+    from extract.encoders.protocols import ImageEncoder
 
 ROUNDING = 1 + 1e-5
 """What float32 adds when a value lies half-way between two steps."""
@@ -38,10 +38,14 @@ class WideEncoder(ToyImageEncoder):
     def grids(self) -> Mapping[str, tuple[int, int, int]]:
         return {"wide": (4, 6, self.width)}
 
+    @property
+    def cls_widths(self) -> Mapping[str, int]:
+        return {"wide": self.width}
+
     def encode(self, pixels: Tensor) -> ImageEncoding:
         self.encoded.append(len(pixels))
         mix = torch.randn(3, self.width, generator=torch.Generator().manual_seed(0)).exp() * self.scale
-        means = [torch.nn.functional.adaptive_avg_pool2d(image, (4, 6)).permute(1, 2, 0) for image in pixels]
+        means = [pool(image, 4, 6) for image in pixels.permute(0, 3, 1, 2).float() / 255]
         grid = torch.stack([(mean - 0.5) @ mix for mean in means])
         return ImageEncoding({"wide": grid}, {"wide": grid[:, 0, 0]})
 
@@ -107,7 +111,7 @@ def test_a_step_is_as_fine_as_the_tokens_largest_value_allows(config: ImageJobCo
 
 
 def test_a_real_encoders_tokens_are_kept_within_half_a_step(
-    int8_cache: FeatureCache, image_encoder: VisionTransformerEncoder
+    int8_cache: FeatureCache, image_encoder: ImageEncoder
 ) -> None:
     images, samples = int8_cache.images, int8_cache.samples
     for number in range(0, len(samples.samples.images), 5):

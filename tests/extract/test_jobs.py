@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from extract.image_job import ImageJobConfig, extract_images
 from extract.images import decode_image
 from extract.job import Extraction
 from extract.prompt_job import PromptJobConfig, extract_prompts
+from extract.stages import STAGES
 from tests.extract.toys import (
     NUM_IMAGES,
     SHARD_ROWS,
@@ -50,8 +52,7 @@ from tests.extract.toys import (
 )
 
 if TYPE_CHECKING:  # slow to import for the processes below
-    from extract.encoders.image import VisionTransformerEncoder
-    from extract.encoders.text import ClipTextEncoder
+    from extract.encoders.protocols import ImageEncoder, TextEncoder
 
 
 # Image features
@@ -90,7 +91,7 @@ def test_rows_carry_what_tells_images_apart(config: ImageJobConfig) -> None:
 
 
 def test_a_real_encoders_features_are_those_of_each_image_by_itself(
-    feature_cache: FeatureCache, image_encoder: VisionTransformerEncoder
+    feature_cache: FeatureCache, image_encoder: ImageEncoder
 ) -> None:
     samples, features = feature_cache.samples, feature_cache.images
     for row in range(0, len(features.ids), 5):
@@ -141,7 +142,10 @@ def test_a_finished_job_has_nothing_left_to_do(config: ImageJobConfig) -> None:
     assert second.path == first.path
     assert second.summary("images") == f"nothing to extract: all 10 images are in {first.path.name} already"
     assert first.summary("images").startswith("extracted 10 images in ")
-    assert first.summary("images").endswith(f" -> {first.path.name}")
+    did, stages = first.summary("images").splitlines()
+    assert did.endswith(f" -> {first.path.name}")
+    assert re.fullmatch(r"  decode \d+/s.*, write \d+/s.*", stages)
+    assert stages.count("(binds)") == 1
     assert json.loads(json.dumps(second.to_dict()))["num_reused"] == NUM_IMAGES
 
 
@@ -209,8 +213,15 @@ def test_what_was_done_before_an_error_is_kept(config: ImageJobConfig) -> None:
 
 def test_receipts_tell_how_fast_the_work_was(config: ImageJobConfig) -> None:
     receipts = open_store(extract_images(config, ToyImageEncoder()).path).receipts()
-    assert all(receipt.rates["images_per_s"] > 0 for receipt in receipts if receipt.unit != "static")
     assert [receipt.rows for receipt in receipts] == [(0, 4), (4, 8), (8, 10), (0, 0)]
+    for receipt in receipts[:-1]:
+        rates = dict(receipt.rates)
+        binds, batch_size = rates.pop("binds"), rates.pop("batch_size")
+        assert binds in STAGES
+        assert 0 < batch_size <= config.batch_size
+        assert {"job", "decode", "preprocess", "forward"} <= rates.keys() <= {"job", *STAGES}
+        assert all(rate > 0 for rate in rates.values())
+        assert binds == min(rates.keys() - {"job"}, key=rates.__getitem__)
 
 
 def test_without_the_image_folder_there_is_nothing_to_extract(config: ImageJobConfig) -> None:
@@ -239,7 +250,7 @@ def failing_task(folder: Path) -> Path:
 
 
 FAILURES = {
-    1: "cannot be decoded",
+    1: "the image is cut short",
     2: "the file is empty",
     4: "it is 12 x 16 pixels where its annotations say 16 x 12",
     9: "not an image file",
@@ -259,7 +270,7 @@ def test_images_that_cannot_be_encoded_are_in_the_ledger_and_the_rest_is_done(
         assert reason in failures[row].reason
         assert failures[row].id == f"image {row}"
     assert extraction.num_failed == store.manifest.num_failures == len(FAILURES)
-    assert extraction.summary("images").endswith(f"; 4 failed, see {extraction.path}/ledger.jsonl")
+    assert extraction.summary("images").splitlines()[0].endswith(f"; 4 failed, see {extraction.path}/ledger.jsonl")
     assert store.read("valid").tolist() == [row not in FAILURES for row in range(NUM_IMAGES)]
     assert sum(encoder.encoded) == NUM_IMAGES - len(FAILURES)
     for row in range(NUM_IMAGES):
@@ -284,7 +295,7 @@ def test_a_file_that_is_gone_or_changed_stops_the_job_until_it_is_back(
     else:
         path.write_bytes(noise_png(66, *sizes[7]))
     reason = "cannot be read" if harm == "gone" else "changed after the samples store was written"
-    with pytest.raises(UsageError, match=rf"1 images of .* cannot be had, '7.img' first: the file {reason}"):
+    with pytest.raises(UsageError, match=rf"'7.img' in .* cannot be had: the file {reason}"):
         extract_images(config, ToyImageEncoder())
     path.write_bytes(files[7])
     extraction = extract_images(config, ToyImageEncoder())
@@ -400,7 +411,7 @@ def test_every_shard_belongs_to_one_unit(prompt_config: PromptJobConfig) -> None
 
 
 def test_a_real_encoders_prompts_are_those_of_each_prompt_by_itself(
-    feature_cache: FeatureCache, text_encoder: ClipTextEncoder
+    feature_cache: FeatureCache, text_encoder: TextEncoder
 ) -> None:
     features = feature_cache.prompts
     tokens, pooled = features.tokens(), features.pooled()

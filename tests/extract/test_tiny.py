@@ -14,8 +14,9 @@ from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection, 
 from cache_schema import atomic
 from cache_schema.features import FeatureCache
 from extract.encoders import tiny
-from extract.encoders.image import VisionTransformerEncoder, load_image_encoder
-from extract.encoders.text import ClipTextEncoder
+from extract.encoders.image import load_image_encoder
+from extract.encoders.protocols import ImageEncoder, TextEncoder
+from extract.encoders.specs import ImageEncoderSpec
 from extract.encoders.tiny import TinyEncoders, make_tiny_encoders
 
 
@@ -103,13 +104,13 @@ def test_their_configs_say_that_they_are_untrained(tiny_encoders: TinyEncoders) 
 
 
 @pytest.mark.parametrize("word", ["red", "leftmost", "triangles", "the", "a", "smallest", "person"])
-def test_everyday_words_are_one_token(text_encoder: ClipTextEncoder, word: str) -> None:
+def test_everyday_words_are_one_token(text_encoder: TextEncoder, word: str) -> None:
     start, token, end = text_encoder.tokenize([word])[0]
     assert text_encoder.tokenize([""]) == [[start, end]]
     assert text_encoder.tokenize([f"{word} {word}", word.upper()]) == [[start, token, token, end], [start, token, end]]
 
 
-def test_every_word_of_the_scenes_is_one_token(text_encoder: ClipTextEncoder, feature_cache: FeatureCache) -> None:
+def test_every_word_of_the_scenes_is_one_token(text_encoder: TextEncoder, feature_cache: FeatureCache) -> None:
     prompts = feature_cache.samples.samples.prompts
     for prompt, token_ids in zip(prompts, text_encoder.tokenize(prompts), strict=True):
         assert len(token_ids) == len(prompt.split()) + 2, prompt
@@ -124,16 +125,16 @@ def test_unknown_words_fall_apart_but_are_never_lost(tiny_encoders: TinyEncoders
     assert tokenizer.decode(token_ids, skip_special_tokens=True).replace(" ", "") == word
 
 
-def test_words_that_differ_in_a_letter_have_different_tokens(text_encoder: ClipTextEncoder) -> None:
+def test_words_that_differ_in_a_letter_have_different_tokens(text_encoder: TextEncoder) -> None:
     words = ["circle", "circles", "ring", "rings", "red", "reed", "top", "stop", "bottom"]
     assert len({tuple(ids) for ids in text_encoder.tokenize(words)}) == len(words)
 
 
 def test_different_images_and_places_have_different_features(
-    tiny_encoders: TinyEncoders, image_encoder: VisionTransformerEncoder
+    tiny_encoders: TinyEncoders, image_encoder: ImageEncoder
 ) -> None:
-    pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(0, 256, (2, 64, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     grid = image_encoder.encode(pixels).features["last"]
     assert not torch.allclose(grid[0], grid[1], atol=1e-2)
     assert not torch.allclose(grid[:, 0, 0], grid[:, 1, 1], atol=1e-2)
-    assert load_image_encoder(str(tiny_encoders.image)).grids == {"last": (12, 12, 96)}
+    assert load_image_encoder(ImageEncoderSpec(str(tiny_encoders.image))).grids == {"last": (12, 12, 96)}

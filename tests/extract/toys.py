@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cache_schema.masks import empty_mask
+from cache_schema.masks import Size, empty_mask
 from cache_schema.samples import ImageTable, Samples, open_samples, write_samples
 from cache_schema.store import open_store
+from cache_schema.views import Aspect, View, fit_view
 from extract.encoders.protocols import ImageEncoding, TextEncoding
 from extract.images import decode_image
 from extract.job import Extraction
@@ -31,8 +32,12 @@ class ToyImageEncoder:
     """Average colours on two grids, worked out for each image by itself; it remembers how many images it was given."""
 
     name: str = "toy"
+    device: str = "cpu"
+    adapter: str | None = None
     identity: Mapping[str, Any] = field(default_factory=lambda: {"class": "toy"})
     scale: float = 1.0
+    aspect: Aspect = "squash"
+    shape: Size = (8, 12)
     seconds_per_batch: float = 0.0
     encoded: list[int] = field(default_factory=list)
     fails_at_batch: int | None = None
@@ -41,15 +46,26 @@ class ToyImageEncoder:
     def grids(self) -> Mapping[str, tuple[int, int, int]]:
         return {"fine": (4, 6, 3), "coarse": (2, 2, 3)}
 
-    def preprocess(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        resized = Image.fromarray(image).resize((12, 8))
-        return np.ascontiguousarray(np.asarray(resized, np.float32).transpose(2, 0, 1)) / np.float32(255)
+    @property
+    def cls_widths(self) -> Mapping[str, int]:
+        return {"fine": 3, "coarse": 3}
+
+    @property
+    def attention_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
+    def fit(self, view: View) -> View:
+        return fit_view(view, self.shape, self.aspect)
+
+    def preprocess(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.array(Image.fromarray(image).resize((12, 8)))
 
     def encode(self, pixels: Tensor) -> ImageEncoding:
         if len(self.encoded) == self.fails_at_batch:
             raise RuntimeError("the accelerator is on fire")
         time.sleep(self.seconds_per_batch)
         self.encoded.append(len(pixels))
+        pixels = pixels.permute(0, 3, 1, 2).float() / 255
         grids = {
             layer: torch.stack([pool(image, height, width) for image in pixels]) * self.scale
             for layer, (height, width, _) in self.grids.items()
@@ -66,6 +82,7 @@ class ToyTextEncoder:
     """A token's feature tells its word and place, a prompt's its tokens; padding is NaN, which nothing may keep."""
 
     name: str = "toy text"
+    adapter: str | None = None
     identity: Mapping[str, Any] = field(default_factory=lambda: {"class": "toy text"})
     token_width: int = 3
     pooled_width: int = 2
@@ -158,7 +175,8 @@ class BlindingEncoder(ToyImageEncoder):
 
     def encode(self, pixels: Tensor) -> ImageEncoding:
         encoding = super().encode(pixels)
-        glaring = pixels[..., :6].mean((1, 2, 3)) > pixels[..., 6:].mean((1, 2, 3))
+        bright = pixels.float()
+        glaring = bright[:, :, :6].mean((1, 2, 3)) > bright[:, :, 6:].mean((1, 2, 3))
         encoding.cls["coarse"][glaring, 1] = self.value
         return encoding
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +17,13 @@ from torch import Tensor
 
 import heads.data
 from cache_schema.errors import UsageError
-from cache_schema.features import FeatureCache, ImageFeatures
+from cache_schema.features import FeatureCache, ImageFeatures, open_cache
+from extract.encoders.protocols import ImageEncoding
+from extract.image_job import ImageJobConfig, extract_images
+from extract.job import Extraction
 from heads.data import Batch, CachedSplit, Draw, Residency, feature_shapes
+from heads.train import TrainConfig, train
+from tests.extract.toys import ToyImageEncoder
 
 RESIDENCIES: tuple[Residency, ...] = ("device", "ram", "disk", "auto")
 CACHES = ("feature_cache", "int8_cache", "views_cache")
@@ -63,6 +70,45 @@ def assert_equal_batches(first: Batch, second: Batch) -> None:
     for name, tensor in mine.items():
         assert tensor.dtype == yours[name].dtype
         assert torch.equal(tensor, yours[name]), name
+
+
+@dataclass
+class WithoutCls(ToyImageEncoder):
+    """Token grids of two layers, one of which has a CLS token."""
+
+    @property
+    def cls_widths(self) -> Mapping[str, int]:
+        return {"coarse": 3}
+
+    def encode(self, pixels: Tensor) -> ImageEncoding:
+        encoding = super().encode(pixels)
+        return ImageEncoding(encoding.features, {"coarse": encoding.cls["coarse"]})
+
+
+@dataclass
+class WithoutLayers(ToyImageEncoder):
+    """A CLS token and an attention output, and no token grid."""
+
+    @property
+    def grids(self) -> Mapping[str, tuple[int, int, int]]:
+        return {}
+
+    @property
+    def cls_widths(self) -> Mapping[str, int]:
+        return {"last": 3}
+
+    @property
+    def attention_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {"mean_token": (3,)}
+
+    def encode(self, pixels: Tensor) -> ImageEncoding:
+        means = pixels.float().mean((1, 2)) / 255
+        return ImageEncoding({}, {"last": means}, {"mean_token": means})
+
+
+def cache_of(encoder: ToyImageEncoder, folder: Path, samples: Path, prompt_extraction: Extraction) -> FeatureCache:
+    images = extract_images(ImageJobConfig(samples, folder, shard_rows=10), encoder)
+    return open_cache(samples, images.path, prompt_extraction.path)
 
 
 def test_the_shapes_of_a_cache_are_those_of_its_stores(any_cache: FeatureCache) -> None:
@@ -140,6 +186,40 @@ def test_a_target_cell_is_set_where_the_mask_covers_at_least_half_of_it(
 def test_targets_that_nobody_asks_for_are_empty(feature_cache: FeatureCache) -> None:
     split = CachedSplit(feature_cache, "val", None)
     assert split.load(split.in_order(3)[0]).targets.shape == (3, 0, 0)
+
+
+# What a store may lack
+
+
+def test_only_layers_with_a_cls_token_give_one(
+    tmp_path: Path, samples_path: Path, prompt_extraction: Extraction
+) -> None:
+    cache = cache_of(WithoutCls(), tmp_path, samples_path, prompt_extraction)
+    for residency in RESIDENCIES:
+        split = CachedSplit(cache, "train", (8, 8), residency=residency)
+        inputs = split.load(Draw.whole(split.samples[:3])).inputs
+        assert list(inputs.features) == ["fine", "coarse"]
+        assert list(inputs.cls) == list(inputs.to("cpu").cls) == ["coarse"]
+    split = CachedSplit(cache, "train", None, layers=("fine",))
+    assert split.load(Draw.whole(split.samples[:3])).inputs.cls == {}
+
+
+def test_a_head_is_told_which_of_its_layers_a_store_lacks(feature_cache: FeatureCache) -> None:
+    with pytest.raises(UsageError, match=r"lacks layers that the head reads: 9, 10\. It holds 1, last"):
+        CachedSplit(feature_cache, "train", None, layers=("9", "last", "10"))
+
+
+def test_no_head_is_trained_on_a_store_without_layers(
+    tmp_path: Path, samples_path: Path, prompt_extraction: Extraction
+) -> None:
+    cache = cache_of(WithoutLayers(), tmp_path, samples_path, prompt_extraction)
+    assert cache.images.attention("mean_token").shape == (24, 3)
+    for head, arguments in (("linear", {}), ("cross_attention", {"layers": ["last"]})):
+        with pytest.raises(UsageError, match=r"image_features-.* holds no layers, of which a head reads one or more"):
+            train(TrainConfig(head, arguments, epochs=1), cache, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"lacks layers that the head reads: last\. It holds none"):
+        CachedSplit(cache, "val", None, layers=("last",))
+    assert not (tmp_path / "run").exists()
 
 
 # Where the features are

@@ -1,10 +1,14 @@
-"""Training sees an image in one view an epoch, a mirrored one only where the prompt allows it; masks follow suit."""
+"""Training sees an image in one view an epoch, a mirrored one only where the prompt allows it; masks follow suit.
+
+They follow what the encoder saw, which may be less or more than the view that was asked for.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cache_schema.features import FeatureCache, ImageFeatures
-from cache_schema.views import View
-from heads.data import CachedSplit, Draw
+from cache_schema.features import FeatureCache, ImageFeatures, open_cache
+from cache_schema.views import ASPECTS, View
+from extract.image_job import ImageJobConfig, extract_images
+from extract.job import Extraction
+from heads.data import CachedSplit, Draw, Residency
+from tests.extract.toys import ToyImageEncoder
 
 SIZE = (16, 24)
 EPOCHS = range(40)
@@ -25,6 +32,21 @@ SIDES = {"left", "right", "leftmost", "rightmost"}
 @pytest.fixture(scope="module")
 def split(views_cache: FeatureCache) -> CachedSplit:
     return CachedSplit(views_cache, "train", SIZE, all_views=True)
+
+
+@pytest.fixture(scope="module", params=ASPECTS)
+def windows_cache(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    samples_path: Path,
+    prompt_extraction: Extraction,
+) -> FeatureCache:
+    """Three fixed views and as many windows as each image asks for, by an encoder of each way of fitting images in."""
+    shape = (8, 8) if request.param == "crop" else (8, 12)  # squares that are cut to another shape leave gaps
+    encoder = ToyImageEncoder(identity={"class": "toy", "aspect": request.param}, aspect=request.param, shape=shape)
+    views = ("whole", "flip", "crop-0.7", "windows-0.6-0.4")
+    config = ImageJobConfig(samples_path, tmp_path_factory.mktemp("windows"), views=views, shard_rows=10)
+    return open_cache(samples_path, extract_images(config, encoder).path, prompt_extraction.path)
 
 
 def views_drawn(split: CachedSplit, *, seed: int = 0, epoch: int = 0, batch_size: int = 16, **how: int) -> NDArray:
@@ -124,6 +146,27 @@ def test_validation_sees_whole_images_only(views_cache: FeatureCache, split: Cac
     assert all(not views_cache.images.views[row].flip for row in rows)
 
 
+def test_windows_are_never_drawn(windows_cache: FeatureCache) -> None:
+    part = CachedSplit(windows_cache, "train", None, all_views=True)
+    drawn = np.stack([views_drawn(part, epoch=epoch) for epoch in range(10)])
+    assert set(drawn.reshape(-1).tolist()) == {0, 1, 2}
+    assert all(len(windows_cache.images.rows_of_image(image)) > 3 for image in range(len(windows_cache.image_rows)))
+
+
+@pytest.mark.parametrize("residency", ["ram", "disk"])
+def test_the_views_of_an_image_are_found_among_its_windows(windows_cache: FeatureCache, residency: Residency) -> None:
+    samples, images = windows_cache.samples.samples, windows_cache.images
+    part = CachedSplit(windows_cache, "train", None, residency=residency, all_views=True)
+    for draw in part.epoch(seed=0, epoch=0, batch_size=16):
+        inputs = part.load(draw).inputs
+        for place, (sample, view) in enumerate(zip(draw.samples.tolist(), draw.views.tolist(), strict=True)):
+            image = int(samples.image_rows[sample])
+            row = images.ids.index(samples.images.ids[image]) + view
+            np.testing.assert_array_equal(
+                inputs.features["fine"][inputs.image_index[place]], images.features("fine").read([row])[0]
+            )
+
+
 # Sides
 
 
@@ -196,11 +239,25 @@ def test_an_image_of_which_nothing_else_could_be_encoded_is_always_shown_whole(v
     assert not any(views_drawn(part, epoch=epoch).any() for epoch in range(10))
 
 
+def test_a_view_that_failed_has_no_targets(views_cache: FeatureCache, split: CachedSplit) -> None:
+    """A view of too many pixels fails, and a mask of as many would not fit into memory either."""
+    images = views_cache.samples.samples.image_rows[split.samples]
+    lame = with_invalid(views_cache, [int(views_cache.image_rows[images[0]]) + 2])
+    part = CachedSplit(lame, "train", SIZE, all_views=True)
+    for view in range(4):
+        draw = Draw(split.samples, np.full(len(split.samples), view))
+        before, after = split.load(draw).targets, part.load(draw).targets
+        failed = torch.from_numpy((images == images[0]) & (view == 2))
+        assert before[torch.from_numpy(images == images[0])].any()
+        assert not after[failed].any()
+        assert torch.equal(after[~failed], before[~failed])
+
+
 # Targets
 
 
 def seen_through(view: View, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A mask through a view, worked out pixel by pixel."""
+    """A mask through a view, worked out pixel by pixel; it is empty beyond the image."""
     left, top, right, bottom = view.box
     rows, columns = np.mgrid[top:bottom, left:right]
     if view.flip:
@@ -235,6 +292,27 @@ def test_a_target_is_the_truth_seen_through_the_view(views_cache: FeatureCache, 
         truth = samples.target(sample)
         np.testing.assert_array_equal(seen.apply_to_mask(truth), seen_through(seen, truth))
         np.testing.assert_array_equal(target.numpy() > 0.5, at_least_half(seen_through(seen, truth)))
+
+
+@pytest.mark.parametrize("view", range(3))
+def test_a_target_is_the_truth_seen_by_the_encoder(windows_cache: FeatureCache, view: int) -> None:
+    samples = windows_cache.samples.samples
+    part = CachedSplit(windows_cache, "train", SIZE, all_views=True)
+    targets = part.load(Draw(part.samples, np.full(len(part.samples), view))).targets
+    assert targets.any()
+    for sample, target in zip(part.samples.tolist(), targets, strict=True):
+        seen = windows_cache.images.views[windows_cache.image_rows[samples.image_rows[sample]] + view]
+        np.testing.assert_array_equal(target.numpy() > 0.5, at_least_half(seen_through(seen, samples.target(sample))))
+
+
+def test_the_encoders_of_these_tests_see_less_and_more_than_the_image(windows_cache: FeatureCache) -> None:
+    samples, images = windows_cache.samples.samples, windows_cache.images
+    aspect = images.store.header.identity["encoder"]["aspect"]
+    changed = [
+        images.views[row].size != (height, width)
+        for row, (height, width) in zip(windows_cache.image_rows.tolist(), samples.images.sizes.tolist(), strict=True)
+    ]
+    assert any(changed) == (aspect != "squash")
 
 
 def test_a_mirrored_target_is_the_mirror_of_the_whole_ones(views_cache: FeatureCache, split: CachedSplit) -> None:

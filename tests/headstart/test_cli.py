@@ -54,7 +54,7 @@ def test_arguments_that_do_not_parse_are_the_users_mistake(arguments: list[str])
         ),
         (["extract", "{samples}", "--image-encoder", "{tmp}/nowhere"], "there is no such folder"),
         (["extract", "{samples}", "--text-encoder", "nobody/nothing", "--out", "{tmp}"], "hub did not hand it out"),
-        (["extract", "{samples}", "--layers", "9", "--out", "{tmp}"], "unknown layer '9'"),
+        (["extract", "{samples}", "--layers", "9", "--out", "{tmp}"], "has no layer '9'"),
         (["extract", "{samples}", "--input-size", "100", "96", "--out", "{tmp}"], "no multiple of"),
         (["train", "cros_attention", "--stores", "{stores}"], "did you mean 'cross_attention'"),
         (["train", "linear", "--stores", "{tmp}"], "holds no store of samples"),

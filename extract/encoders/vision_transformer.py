@@ -1,0 +1,154 @@
+"""Vision transformers as towers: normalised pixels in; token grids, CLS tokens and attention outputs out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cache_schema.errors import UsageError
+from cache_schema.masks import Size
+from extract.encoders.attention import LastAttention, pool_by_attention
+from extract.encoders.families import TransformerFamily
+from extract.encoders.hidden_states import HiddenStates
+from extract.encoders.precision import halve_weights
+from extract.encoders.protocols import ImageEncoding
+from extract.encoders.sizes import pair_of
+from extract.encoders.specs import FINAL_LAYER, NORMED, AttentionOutput, Precision
+
+_LAYER = re.compile(rf"(?P<number>0|[1-9]\d*)(?P<normed>{re.escape(NORMED)})?", re.ASCII)
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer, cut off behind the deepest block that is asked for. Register tokens are dropped.
+
+    Layer `"last"` is `last_hidden_state` as transformers returns it: normed, but for CLIP, which norms its pooled CLS
+    token alone. `"9"` is `hidden_states[9]`, the output of the ninth block, which no family norms; `"9+norm"` is the
+    same through the model's final norm. `"0"` is what goes into the first block.
+
+    Attention outputs, in float32, are of the last block: `"logits"` (heads, gh, gw) is q_cls . k_patch / sqrt(d_h),
+    over the patches only; `"head_tokens"` (heads, d) and `"mean_token"` (d) are the patches of `"last"`, pooled by each
+    head's logits and by their mean over the heads, see `pool_by_attention`.
+
+    Args:
+        model: of the family, in float32. It is cut and listened to, and of no use to anyone else afterwards.
+        layers: in the order in which they are given back. There may be none if attention outputs are asked for; the CLS
+            token of `"last"` is then given all the same.
+        input_size: (H, W) in pixels. What is left over beside whole patches is not seen.
+        precision: that of the autocast under which this will be called.
+
+    Raises:
+        UsageError: the model has no such layer, or is of a family without attention outputs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: TransformerFamily,
+        layers: Sequence[str],
+        attention: Sequence[AttentionOutput],
+        input_size: Size,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__()
+        config, name = model.config, type(model).__name__
+        blocks = model.get_submodule(family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        if attention and family.attention is None:
+            raise UsageError(f"{name} has no attention outputs, only DINO's transformers do; ask for layers alone.")
+        self._layers = {layer: _parse_layer(layer, len(blocks), name) for layer in layers or (FINAL_LAYER,)}
+        numbers = {number for number, _ in self._layers.values() if number is not None}
+
+        patch_height, patch_width = self._patch = pair_of(config.patch_size)
+        self._grid = input_size[0] // patch_height, input_size[1] // patch_width
+        width, heads = int(config.hidden_size), int(config.num_attention_heads)
+        self.grids: Mapping[str, tuple[int, int, int]] = dict.fromkeys(layers, (*self._grid, width))
+        self.cls_widths: Mapping[str, int] = dict.fromkeys(self._layers if family.has_cls else (), width)
+        shapes = {"logits": (heads, *self._grid), "head_tokens": (heads, width), "mean_token": (width,)}
+        self.attention_shapes: Mapping[str, tuple[int, ...]] = {output: shapes[output] for output in attention}
+        self._num_prefix_tokens = int(family.has_cls) + getattr(config, "num_register_tokens", 0)
+        self._takes_patches = family.takes_patches
+        self._interpolates = family.asks_to_interpolate and input_size != pair_of(config.image_size)
+
+        if not attention and FINAL_LAYER not in layers:
+            del blocks[max(1, *numbers) :]
+        if getattr(model, "use_head", False):  # SigLIP's pooling head, whose output nobody asks for
+            model.use_head = False
+            del model.head
+        halve_weights(blocks, precision)
+        self._model, self._blocks, self._norm = model, blocks, model.get_submodule(family.norm)
+        self._states = HiddenStates(blocks, numbers)
+        self._attention = (
+            LastAttention(
+                blocks[-1].get_submodule(family.attention), heads, self._num_prefix_tokens, rotates=family.rotates
+            )
+            if attention and family.attention
+            else None
+        )
+
+    def compile_blocks(self) -> None:
+        """Compile block by block: all are alike, so one is compiled. A block that is listened to is left as it is."""
+        for block in self._blocks[:-1] if self._attention else self._blocks:
+            block.forward = torch.compile(block.forward)
+
+    def forward(self, pixels: Float[Tensor, "i 3 h w"]) -> ImageEncoding:
+        """Features of i normalised images."""
+        last = self._model(**self._inputs(pixels)).last_hidden_state
+        heard, states = self._states.take(), {}
+        for layer, (number, normed) in self._layers.items():
+            state = last if number is None else heard[number]
+            states[layer] = self._norm(state) if normed else state
+        return ImageEncoding(
+            {layer: self._as_grid(states[layer]) for layer in self.grids},
+            {layer: states[layer][:, 0] for layer in self.cls_widths},
+            {} if self._attention is None else self._attend(self._attention.logits(), last),
+        )
+
+    def _as_grid(self, state: Float[Tensor, "i n d"]) -> Float[Tensor, "i gh gw d"]:
+        return state[:, self._num_prefix_tokens :].reshape(len(state), *self._grid, -1)
+
+    def _attend(
+        self, logits: Float[Tensor, "i heads n"], last: Float[Tensor, "i m d"]
+    ) -> dict[str, Float[Tensor, "i ..."]]:
+        patches = last[:, self._num_prefix_tokens :]
+        make: dict[str, Callable[[], Tensor]] = {
+            "logits": lambda: logits.reshape(*logits.shape[:2], *self._grid),
+            "head_tokens": lambda: pool_by_attention(logits, patches),
+            "mean_token": lambda: pool_by_attention(logits.mean(1, keepdim=True), patches)[:, 0],
+        }
+        return {output: make[output]() for output in self.attention_shapes}
+
+    def _inputs(self, pixels: Float[Tensor, "i 3 h w"]) -> dict[str, Any]:
+        if self._takes_patches:
+            # Positions are interpolated to each shape that is given, and all images have the same one. It stays on the
+            # CPU, where the model reads it.
+            shape = torch.tensor([self._grid])
+            patches = cut_into_patches(pixels, self._patch)
+            return {"pixel_values": patches, "pixel_attention_mask": None, "spatial_shapes": shape}
+        positions = {"interpolate_pos_encoding": True} if self._interpolates else {}
+        return {"pixel_values": pixels.contiguous(), **positions}  # in channels-last, patches are embedded no faster
+
+
+def cut_into_patches(pixels: Float[Tensor, "i 3 h w"], patch: Size) -> Float[Tensor, "i n p"]:
+    """The n patches of each image, row by row, each as the p = height x width x 3 values that NaFlex embeds."""
+    (height, width), (rows, columns) = patch, (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1])
+    cells = pixels.reshape(len(pixels), -1, rows, height, columns, width).permute(0, 2, 4, 3, 5, 1)
+    return cells.reshape(len(pixels), rows * columns, -1)
+
+
+def _parse_layer(layer: str, num_blocks: int, name: str) -> tuple[int | None, bool]:
+    """Which hidden state a layer is, None for the last one, and whether it is to be normed."""
+    if layer == FINAL_LAYER:
+        return None, False
+    parsed = _LAYER.fullmatch(layer)
+    if parsed is None or int(parsed["number"]) > num_blocks:
+        raise UsageError(
+            f"{name} has no layer {layer!r}: it has {FINAL_LAYER}, 0 to {num_blocks}, and 0{NORMED} to "
+            f"{num_blocks}{NORMED}."
+        )
+    return int(parsed["number"]), parsed["normed"] is not None

@@ -1,0 +1,252 @@
+"""The pipeline of an image job: decode | preprocess | forward | copy back, all at work at once.
+
+Threads decode and preprocess a bounded number of images ahead of the encoder. The thread that draws units from `run`
+feeds the encoder. One more thread brings features back, narrows them to the data type in which they are stored, and
+lays them into the arrays of their shard; whoever draws the units publishes these, on threads of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_schema.layout import ArrayLayout
+from cache_schema.quantize import quantize
+from cache_schema.receipts import Failure
+from extract.batches import BatchSize
+from extract.devices import CopyStream, InputBuffers, Timer, make_timer, on_device
+from extract.encoders.protocols import ImageEncoder, ImageEncoding
+from extract.images import UndecodableImageError
+from extract.job import EncodedUnit, Unit
+from extract.stages import StageClock
+
+Loaded = NDArray[np.uint8] | UndecodableImageError
+"""What becomes of a row before the encoder: pixels at the encoder's input size, or the reason why there are none."""
+
+_BATCHES_AHEAD = 2
+"""So many batches are decoded while one is in the encoder, and so many may wait to be copied back."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Consecutive rows that look at one image, which is decoded once for all of them."""
+
+    image: int
+    rows: range
+
+
+@dataclass
+class _Shard:
+    """The arrays of one unit while they are filled. A row that fails has its reason here and zeros in the arrays."""
+
+    unit: Unit
+    arrays: dict[str, Tensor]
+    reasons: dict[int, str] = field(default_factory=dict)
+    copies: list[Future[None]] = field(default_factory=list)
+    batch_size: int = 0
+
+    def finish(self, id_of_row: Callable[[int], str]) -> EncodedUnit:
+        """Wait for the features that are under way."""
+        for copy in self.copies:
+            copy.result()
+        for place in self.reasons:
+            for tensor in self.arrays.values():
+                tensor[place] = 0
+        shards = {(name, self.unit.number): tensor.numpy() for name, tensor in self.arrays.items()}
+        failures = [
+            Failure(self.unit.rows[place], id_of_row(self.unit.rows[place]), reason)
+            for place, reason in sorted(self.reasons.items())
+        ]
+        return EncodedUnit(self.unit, shards, failures, self.batch_size)
+
+    @property
+    def is_filled(self) -> bool:
+        return all(copy.done() for copy in self.copies)
+
+
+class ImagePipeline:
+    """Encodes units of rows. `run` may be called in several threads at once: they share the encoder, one at a time.
+
+    Args:
+        layouts: the arrays that are filled, one row for each of the job's.
+        groups: cuts a unit's rows into those of one image each.
+        load: decodes one image and gives what its rows look at, each at the encoder's input size.
+        id_of_row: the name of a row's image, for the ledger.
+    """
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        layouts: Sequence[ArrayLayout],
+        groups: Callable[[range], Iterator[RowGroup]],
+        load: Callable[[RowGroup], Sequence[Loaded]],
+        id_of_row: Callable[[int], str],
+        *,
+        batch_size: int,
+        decode_threads: int,
+        clock: StageClock,
+    ) -> None:
+        self._encoder = encoder
+        self._layouts = layouts
+        self._groups = groups
+        self._load = load
+        self._id_of_row = id_of_row
+        self._batch_size = BatchSize(batch_size)
+        self._decode_threads = decode_threads
+        self._clock = clock
+        self._device = torch.device(encoder.device)
+        self._encoder_lock = threading.Lock()
+
+    def run(self, units: Sequence[Unit]) -> Generator[EncodedUnit, None, None]:
+        """Each unit with its arrays, in order. Closing the generator drops what is under way."""
+        decoders = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="headstart-decode")
+        copier = ThreadPoolExecutor(1, thread_name_prefix="headstart-copy")
+        inputs, copies = InputBuffers(self._device), CopyStream(self._device)
+        under_way: deque[_Shard] = deque()
+        try:
+            loaded = self._load_ahead(decoders, units)
+            for unit in units:
+                shard = _Shard(unit, self._make_arrays(len(unit.rows)))
+                for places, pixels in self._batches(unit, loaded, shard):
+                    self._encode(places, pixels, shard, inputs, copies, copier)
+                under_way.append(shard)
+                while under_way and (len(under_way) > 1 or under_way[0].is_filled):
+                    yield under_way.popleft().finish(self._id_of_row)
+            while under_way:
+                yield under_way.popleft().finish(self._id_of_row)
+        except Exception:
+            while under_way:  # what was encoded before something went wrong is not lost
+                yield under_way.popleft().finish(self._id_of_row)
+            raise
+        finally:
+            decoders.shutdown(cancel_futures=True)
+            copier.shutdown(cancel_futures=True)
+
+    def _load_ahead(self, decoders: ThreadPoolExecutor, units: Sequence[Unit]) -> Iterator[list[Loaded]]:
+        """What each group of rows shows, in order, with a bounded number of them decoded ahead."""
+        groups = (group for unit in units for group in self._groups(unit.rows))
+        ahead: deque[tuple[int, Future[Sequence[Loaded]]]] = deque()
+        num_ahead = 0
+        while True:
+            while num_ahead < (_BATCHES_AHEAD * self._batch_size.size + self._decode_threads):
+                group = next(groups, None)
+                if group is None:
+                    break
+                ahead.append((len(group.rows), decoders.submit(self._load, group)))
+                num_ahead += len(group.rows)
+            if not ahead:
+                return
+            num_rows, future = ahead.popleft()
+            yield list(future.result())
+            num_ahead -= num_rows
+
+    def _batches(
+        self, unit: Unit, loaded: Iterator[list[Loaded]], shard: _Shard
+    ) -> Iterator[tuple[list[int], list[NDArray[np.uint8]]]]:
+        """The rows of a unit that could be decoded, in batches: their places in the unit, and their pixels."""
+        rows = self._rows_of(unit, loaded, shard)
+        while batch := list(islice(rows, self._batch_size.size)):
+            places, pixels = zip(*batch, strict=True)
+            yield list(places), list(pixels)
+
+    def _rows_of(
+        self, unit: Unit, loaded: Iterator[list[Loaded]], shard: _Shard
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        place = 0
+        for group in self._groups(unit.rows):
+            for item in next(loaded):
+                if isinstance(item, UndecodableImageError):
+                    shard.reasons[place] = str(item)
+                else:
+                    yield place, item
+                place += 1
+            assert place == group.rows.stop - unit.rows.start
+
+    def _encode(
+        self,
+        places: list[int],
+        pixels: list[NDArray[np.uint8]],
+        shard: _Shard,
+        inputs: InputBuffers,
+        copies: CopyStream,
+        copier: ThreadPoolExecutor,
+    ) -> None:
+        """Put a batch through the encoder, in smaller ones where memory runs out, and have its features copied back."""
+
+        def forward(batch: slice) -> tuple[ImageEncoding, Timer, Any]:
+            with self._encoder_lock, on_device(self._device), inputs.stacked(pixels[batch]) as stacked:
+                with make_timer(self._device) as timer:
+                    encoding = self._encoder.encode(stacked)
+                return encoding, timer, copies.mark()
+
+        for batch, (encoding, timer, encoded) in self._batch_size.run(forward, len(pixels)):
+            copy = copier.submit(self._copy_back, places[batch], encoding, shard, copies, encoded, timer)
+            shard.copies.append(copy)
+            shard.batch_size = max(shard.batch_size, batch.stop - batch.start)
+        for copy in shard.copies[: -_BATCHES_AHEAD or None]:
+            copy.result()
+
+    def _copy_back(
+        self,
+        places: list[int],
+        encoding: ImageEncoding,
+        shard: _Shard,
+        copies: CopyStream,
+        encoded: Any,
+        forward: Timer,
+    ) -> None:
+        """Lay the features of a batch into the arrays of its shard, in the data types in which they are kept."""
+        with on_device(self._device), copies.after(encoded), make_timer(self._device) as copy:
+            finite = torch.ones(len(places), dtype=torch.bool, device=self._device)
+            for name, tensor in _stored(encoding, shard.arrays):
+                finite &= torch.isfinite(tensor).flatten(1).all(1).to(self._device)
+                _lay(shard.arrays[name], places, tensor)
+            _lay(shard.arrays["valid"], places, finite)
+        self._clock.add("forward", forward.seconds(), len(places))
+        self._clock.add("copy", copy.seconds(), len(places))
+        for place in np.flatnonzero(~shard.arrays["valid"].numpy()[places]).tolist():
+            dtype = next(layout.dtype for layout in self._layouts if layout.name != "valid")
+            shard.reasons[places[place]] = f"its features are not finite in {dtype.name}"
+
+    def _make_arrays(self, num_rows: int) -> dict[str, Tensor]:
+        """Empty arrays for the rows of a unit; in pinned memory where features come from a CUDA device."""
+        return {
+            layout.name: torch.empty(
+                (num_rows, *layout.shape[1:]),
+                dtype=torch.from_numpy(np.empty(0, layout.dtype)).dtype,
+                pin_memory=self._device.type == "cuda",
+            )
+            for layout in self._layouts
+        }
+
+
+def _stored(encoding: ImageEncoding, arrays: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A batch's features as they are in the store, by array name."""
+    for layer, tensor in encoding.features.items():
+        stored = arrays[f"features/{layer}"]
+        if stored.dtype == torch.int8:
+            values, scale = quantize(tensor.float().cpu().numpy())
+            yield f"features/{layer}", torch.from_numpy(values)
+            yield f"scale/{layer}", torch.from_numpy(scale)
+        else:
+            yield f"features/{layer}", tensor.to(stored.dtype)
+    for kind, tensors in (("cls", encoding.cls), ("attention", encoding.attention)):
+        for name, tensor in tensors.items():
+            yield f"{kind}/{name}", tensor.to(arrays[f"{kind}/{name}"].dtype)
+
+
+def _lay(array: Tensor, places: list[int], values: Tensor) -> None:
+    if places[-1] - places[0] + 1 == len(places):
+        array[places[0] : places[-1] + 1].copy_(values, non_blocking=True)
+    else:
+        array[places] = values.to(array.device)

@@ -1,0 +1,107 @@
+"""The stages of an extraction job, how long each was at work, and which of them binds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+STAGES = ("decode", "preprocess", "forward", "copy", "write")
+"""In the order in which an item goes through them."""
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StageRates:
+    """What each stage would do in a second if nothing else held it up: items over seconds at work, times its workers.
+
+    `binds` is the slowest of them: the others wait for it.
+    """
+
+    rates: Mapping[str, float]
+
+    @property
+    def binds(self) -> str | None:
+        return min(self.rates, key=lambda stage: self.rates[stage]) if self.rates else None
+
+    def to_dict(self) -> dict[str, float]:
+        """Rates by stage, to four digits."""
+        return {stage: float(f"{rate:.4g}") for stage, rate in self.rates.items()}
+
+    def __str__(self) -> str:
+        parts = [
+            f"{stage} {rate:.0f}/s{' (binds)' if stage == self.binds else ''}" for stage, rate in self.rates.items()
+        ]
+        return ", ".join(parts)
+
+
+@dataclass
+class _Work:
+    seconds: float = 0.0
+    num_items: int = 0
+
+
+class StageClock:
+    """Adds up the work of each stage, from any number of threads.
+
+    Args:
+        workers: how many threads each stage has; one for a stage that is not named.
+    """
+
+    def __init__(self, workers: Mapping[str, int] | None = None) -> None:
+        self._workers = dict(workers or {})
+        self._lock = threading.Lock()
+        self._total = {stage: _Work() for stage in STAGES}
+        self._lap = {stage: _Work() for stage in STAGES}
+
+    @contextmanager
+    def at_work(self, stage: str, num_items: int = 1) -> Iterator[None]:
+        """Count what happens inside as work of one stage on so many items."""
+        started = time.perf_counter()
+        yield
+        self.add(stage, time.perf_counter() - started, num_items)
+
+    def add(self, stage: str, seconds: float, num_items: int = 1) -> None:
+        """Count so many seconds as work of one stage."""
+        with self._lock:
+            for work in (self._total[stage], self._lap[stage]):
+                work.seconds += seconds
+                work.num_items += num_items
+
+    def rates(self) -> StageRates:
+        """The rates since the beginning."""
+        with self._lock:
+            return self._rates_of(self._total)
+
+    def lap(self) -> StageRates:
+        """The rates since the last lap; those since the beginning for a stage that was not at work in it."""
+        with self._lock:
+            rates = {**self._rates_of(self._total).rates, **self._rates_of(self._lap).rates}
+            self._lap = {stage: _Work() for stage in STAGES}
+        return StageRates({stage: rates[stage] for stage in STAGES if stage in rates})
+
+    def _rates_of(self, works: Mapping[str, _Work]) -> StageRates:
+        return StageRates(
+            {
+                stage: work.num_items * self._workers.get(stage, 1) / work.seconds
+                for stage, work in works.items()
+                if work.num_items and work.seconds > 0
+            }
+        )
+
+
+def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Each item with the seconds that were spent waiting for it."""
+    iterator = iter(items)
+    while True:
+        started = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - started
