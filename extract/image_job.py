@@ -36,6 +36,8 @@ from extract.stages import StageClock
 
 DTYPES = ("float16", "float32", "int8")
 
+_CPU_BATCH, _DEVICE_BATCH = 8, 64
+
 
 @dataclass(frozen=True)
 class ImageJobConfig:
@@ -44,7 +46,8 @@ class ImageJobConfig:
     Args:
         image_dir: where the images lie, if not where they lay when the samples store was written.
         dtype: how token grids are stored: float16, float32, or int8 with one float16 scale for each token.
-        batch_size: rows in one forward pass. Batches never cross a shard.
+        batch_size: rows in one forward pass; None for 8 on a CPU, where more take memory alone, and 64 elsewhere.
+            Batches never cross a shard.
         shard_rows: rows in one shard, the unit of work that a killed job loses at most.
         views: how each image is looked at, see `cache_schema.views.make_views`; the whole image comes first.
         decode_threads: how many images are decoded at the same time, ahead of the encoder; None for one a core.
@@ -54,15 +57,16 @@ class ImageJobConfig:
     out: StorePath
     image_dir: Path | None = None
     dtype: str = "float16"
-    batch_size: int = 32
+    batch_size: int | None = None
     shard_rows: int = 64
     views: Sequence[str] = (WHOLE,)
     decode_threads: int | None = None
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "batch_size", "shard_rows")
-        if self.decode_threads is not None:
-            require_at_least(self, 1, "decode_threads")
+        require_at_least(self, 1, "shard_rows")
+        require_at_least(
+            self, 1, *(name for name in ("batch_size", "decode_threads") if getattr(self, name) is not None)
+        )
         check_views(self.views)
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
@@ -80,7 +84,11 @@ class ImageJob:
 
     def __init__(self, config: ImageJobConfig, encoder: ImageEncoder, table: ImageTable | None = None) -> None:
         samples = open_samples(config.samples, config.image_dir)
+        if config.batch_size is None:
+            config = replace(config, batch_size=_CPU_BATCH if encoder.device == "cpu" else _DEVICE_BATCH)
+        assert config.batch_size is not None
         self._config = config
+        self._batch_size = config.batch_size
         self._encoder = encoder
         self._image_dir = samples.image_dir
         self._table = table = samples.samples.images if table is None else table
@@ -112,7 +120,7 @@ class ImageJob:
             self._groups,
             self._load,
             lambda row: table.ids[self._image_of[row]],
-            batch_size=config.batch_size,
+            batch_size=self._batch_size,
             decode_threads=decode_threads,
             clock=self.clock,
         )
@@ -132,7 +140,7 @@ class ImageJob:
         """The same job on rows of images drawn at random; at least `num_items` of them, or all there are."""
         num_images = min(len(self._table), num_items)
         drawn = np.sort(np.random.default_rng(seed).choice(len(self._table), num_images, replace=False))
-        batch_size = min(self._config.batch_size, unit_items)
+        batch_size = min(self._batch_size, unit_items)
         config = replace(self._config, out=out, shard_rows=unit_items, batch_size=batch_size)
         return ImageJob(config, self._encoder, self._table.take(drawn))
 
@@ -257,6 +265,7 @@ def _make_writer(
         ),
     }
     header = StoreHeader("image_features", identity, {})
+    assert config.batch_size is not None
     recorded = recorded_provenance(
         encoder, config.samples, len(table), config.batch_size, config.out / header.folder_name
     )

@@ -41,7 +41,7 @@ class PromptJobConfig:
     out: StorePath
     dtype: str = "float16"
     batch_size: int = 128
-    unit_prompts: int = 1024
+    unit_prompts: int = 4096
     shard_tokens: int = 4096
 
     def __post_init__(self) -> None:
@@ -134,8 +134,8 @@ class PromptJob:
             rows = by_length[batch]
             with self.clock.at_work("copy", len(rows)), np.errstate(over="ignore"):
                 pooled[rows] = encoding.pooled.float().numpy()
-                for row, values, mask in zip(rows, encoding.tokens.float(), encoding.mask, strict=True):
-                    tokens[offsets[row] : offsets[row + 1]] = values[mask].numpy()
+                for row, values, mask in zip(rows, encoding.tokens.float().numpy(), encoding.mask.numpy(), strict=True):
+                    tokens[offsets[row] : offsets[row + 1]] = values[mask]
         for name, features in (("token", tokens), ("pooled", pooled)):
             if not np.isfinite(features).all():
                 raise UsageError(

@@ -13,6 +13,8 @@ STAGES = ("decode", "preprocess", "forward", "copy", "write")
 """In the order in which an item goes through them."""
 
 
+_SHARING = ("decode", "preprocess")
+
 T = TypeVar("T")
 
 
@@ -20,14 +22,26 @@ T = TypeVar("T")
 class StageRates:
     """What each stage would do in a second if nothing else held it up: items over seconds at work, times its workers.
 
-    `binds` is the slowest of them: the others wait for it.
+    `binds` is the slowest of them: the others wait for it. Decoding and preprocessing share their threads, so the
+    slower of the two binds where both together are slowest.
     """
 
     rates: Mapping[str, float]
 
     @property
     def binds(self) -> str | None:
-        return min(self.rates, key=lambda stage: self.rates[stage]) if self.rates else None
+        if not self.rates:
+            return None
+        together = 1 / sum(1 / self.rates[stage] for stage in _SHARING if stage in self.rates) if self._share else None
+        alone = {stage: rate for stage, rate in self.rates.items() if together is None or stage not in _SHARING}
+        slowest = min(alone, key=alone.__getitem__, default=None)
+        if together is not None and (slowest is None or together < alone[slowest]):
+            return min(_SHARING, key=self.rates.__getitem__)
+        return slowest
+
+    @property
+    def _share(self) -> bool:
+        return all(stage in self.rates for stage in _SHARING)
 
     def to_dict(self) -> dict[str, float]:
         """Rates by stage, to four digits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -169,6 +170,48 @@ def test_a_stage_rate_is_what_its_workers_would_do_together() -> None:
     assert rates.rates == {"decode": 20.0, "forward": 12.0}
     assert rates.binds == "forward"
     assert str(rates) == "decode 20/s, forward 12/s (binds)"
+
+
+def test_decoding_and_preprocessing_share_their_threads() -> None:
+    clock = StageClock({"decode": 2, "preprocess": 2})
+    for stage, seconds in (("decode", 5.0), ("preprocess", 4.0), ("forward", 3.0)):
+        clock.add(stage, seconds, 1000)
+    assert clock.rates().rates == {"decode": 400.0, "preprocess": 500.0, "forward": 1000 / 3}
+    assert clock.rates().binds == "decode"  # both do 222 a second together
+    clock.add("forward", 3.0)
+    assert clock.rates().binds == "forward"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 65520.0])
+def test_one_value_that_is_none_makes_its_row_invalid(config: ImageJobConfig, value: float) -> None:
+    @dataclass
+    class Stained(ToyImageEncoder):
+        def encode(self, pixels: Tensor) -> ImageEncoding:
+            encoding = super().encode(pixels)
+            encoding.features["fine"][0, 3, 5, 2] = value
+            return encoding
+
+    store = open_store(extract_images(replace(config, batch_size=2), Stained()).path)
+    assert store.read("valid").tolist() == [False, True] * (NUM_IMAGES // 2)
+    assert {failure.reason for failure in store.failures()} == {"its features are not finite in float16"}
+
+
+def test_the_copying_thread_leaves_torchs_threads_as_they_were(config: ImageJobConfig) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        extract_images(config, ToyImageEncoder())
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_batch_size_is_that_of_the_device_unless_it_is_given(config: ImageJobConfig) -> None:
+    encoder = ToyImageEncoder()
+    extract_images(replace(config, batch_size=None, shard_rows=NUM_IMAGES), encoder)
+    assert encoder.encoded == [8, 2]
 
 
 def test_a_lap_tells_of_the_time_since_the_last_and_of_all_where_a_stage_rested() -> None:

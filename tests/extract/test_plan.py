@@ -68,8 +68,9 @@ def test_the_time_is_that_of_the_stage_that_binds(config: ImageJobConfig, tmp_pa
     config = replace(config, samples=samples, batch_size=4)
     (planned,) = plan_of(image_job(config, seconds_per_batch=0.04)).stores
     assert planned.stages.binds == "forward"
-    assert planned.seconds == pytest.approx(400 / 4 * 0.04, rel=0.3)
-    assert planned.items_per_s == pytest.approx(100, rel=0.3)
+    assert planned.items_per_s is not None
+    assert planned.items_per_s < 1.1 * 4 / 0.04  # no faster than the encoder lets it, however slow the machine is
+    assert planned.seconds == pytest.approx(400 / planned.items_per_s, abs=0.1)  # and what opening it took
 
 
 def test_a_plan_leaves_nothing_behind(config: ImageJobConfig) -> None:
