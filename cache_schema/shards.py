@@ -49,6 +49,45 @@ def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
     return _encode_compressed(rows, layout) if compressed else _encode_plain(rows, layout)
 
 
+class ShardBuffer:
+    """The bytes of one plain shard, to be filled in place: what is written to `rows` needs not be copied again.
+
+    Args:
+        layout: an array that is not compressed, with chunks of one row.
+        num_rows: rows of this shard.
+        memory: of at least `size(layout, num_rows)` bytes, such as pinned memory; numpy's own by default.
+    """
+
+    def __init__(self, layout: ArrayLayout, num_rows: int, memory: NDArray[np.uint8] | None = None) -> None:
+        if not self.suits(layout):
+            raise ValueError(f"{layout.name}: its rows do not lie one by one in a plain shard")
+        self.layout = layout
+        self._stride = layout.chunk_bytes + CRC_BYTES
+        self._num_rows = num_rows
+        size = self.size(layout, num_rows)
+        self._buffer = np.empty(size, np.uint8) if memory is None else memory[:size]
+        values = self._buffer[: num_rows * self._stride].reshape(num_rows, self._stride)[:, :-CRC_BYTES]
+        self.rows: NDArray[Any] = values.view(layout.dtype).reshape(num_rows, *layout.shape[1:])
+        assert np.shares_memory(self.rows, self._buffer)
+
+    @staticmethod
+    def suits(layout: ArrayLayout) -> bool:
+        """Whether an array's shards can be filled in place."""
+        return layout.chunk_rows == 1 and layout.zstd_level is None and layout.row_bytes % 4 == 0 < layout.row_bytes
+
+    @staticmethod
+    def size(layout: ArrayLayout, num_rows: int) -> int:
+        """Bytes of a shard with so many rows."""
+        return num_rows * (layout.chunk_bytes + CRC_BYTES) + layout.index_bytes
+
+    def seal(self) -> memoryview:
+        """Write checksums and index; the bytes of the whole shard."""
+        for chunk in self._buffer[: self._num_rows * self._stride].reshape(self._num_rows, self._stride):
+            chunk[-CRC_BYTES:] = checksum_bytes(chunk[:-CRC_BYTES])
+        _write_index(self._buffer, self.layout, self._num_rows)
+        return self._buffer.data
+
+
 def _encode_plain(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
     num_chunks = -(-len(rows) // layout.chunk_rows)
     stride = layout.chunk_bytes + CRC_BYTES
@@ -60,13 +99,19 @@ def _encode_plain(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
     for chunk, values in zip(chunks, payload.reshape(num_chunks, layout.chunk_bytes), strict=True):
         chunk[:-CRC_BYTES] = values
         chunk[-CRC_BYTES:] = checksum_bytes(values)
+    _write_index(buffer, layout, num_chunks)
+    return buffer.data
+
+
+def _write_index(buffer: NDArray[np.uint8], layout: ArrayLayout, num_chunks: int) -> None:
+    """The end of a shard, behind so many chunks that lie in order and without gaps."""
+    stride = layout.chunk_bytes + CRC_BYTES
     index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
     index[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * np.uint64(stride)
     index[:num_chunks, 1] = stride
     tail = buffer[num_chunks * stride :]
     tail[:-CRC_BYTES] = index.view(np.uint8).reshape(-1)
     tail[-CRC_BYTES:] = checksum_bytes(tail[:-CRC_BYTES])
-    return buffer.data
 
 
 def _encode_compressed(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:

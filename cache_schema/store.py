@@ -34,7 +34,7 @@ from cache_schema.hdf5 import Hdf5File
 from cache_schema.layout import ArrayLayout, parse_shard_key, whole
 from cache_schema.reader import RowReader
 from cache_schema.receipts import Failure, Manifest, Receipt, StoredFile
-from cache_schema.shards import encode_shard
+from cache_schema.shards import ShardBuffer, encode_shard
 
 StoreKind = Literal["samples", "image_features", "prompt_features"]
 
@@ -234,7 +234,7 @@ class StoreWriter:
         self,
         unit: str,
         rows: tuple[int, int],
-        shards: Mapping[tuple[str, int], NDArray[Any]],
+        shards: Mapping[tuple[str, int], NDArray[Any] | ShardBuffer],
         failures: Sequence[Failure] = (),
         rates: Mapping[str, float | str] | None = None,
     ) -> Receipt:
@@ -243,12 +243,15 @@ class StoreWriter:
         Args:
             unit: the unit's name, a plain word.
             rows: first row and the row after the last, of those the unit stands for.
-            shards: the rows of every shard of the unit, by (array name, shard number).
+            shards: the rows of every shard of the unit, by (array name, shard number); buffers are written as they are.
         """
         files = {}
         for (name, number), values in shards.items():
             layout = self.layouts[name]
-            data = encode_shard(values, layout)
+            if isinstance(values, ShardBuffer):  # a store that is compressed, and repaired, encodes its rows anew
+                data = values.seal() if values.layout == layout else encode_shard(values.rows, layout)
+            else:
+                data = encode_shard(values, layout)
             atomic.write_file(self.path / layout.shard_key(number), data)
             files[layout.shard_key(number)] = StoredFile.of(data)
         receipt = Receipt(unit, rows, files, tuple(failures), dict(rates or {}))

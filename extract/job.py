@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cache_schema.atomic import StorePath
 from cache_schema.errors import NoRoomError, StoreMismatchError, UsageError
 from cache_schema.receipts import Failure, Receipt
+from cache_schema.shards import ShardBuffer
 from cache_schema.store import (
     ZARR_SUFFIX,
     Commits,
@@ -50,7 +51,7 @@ class EncodedUnit:
     """What came of a unit: the rows of every shard it owns, by (array name, shard number), and what failed."""
 
     unit: Unit
-    shards: Mapping[tuple[str, int], NDArray[Any]]
+    shards: Mapping[tuple[str, int], NDArray[Any] | ShardBuffer]
     failures: Sequence[Failure] = ()
     batch_size: int = 0
 

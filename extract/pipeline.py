@@ -23,8 +23,9 @@ from torch import Tensor
 from cache_schema.layout import ArrayLayout
 from cache_schema.quantize import quantize
 from cache_schema.receipts import Failure
+from cache_schema.shards import ShardBuffer
 from extract.batches import BatchSize
-from extract.devices import CopyStream, InputBuffers, Timer, empty, make_timer, on_device, single_threaded_worker
+from extract.devices import CopyStream, InputBuffers, Timer, host_memory, make_timer, on_device, single_threaded_worker
 from extract.encoders.protocols import ImageEncoder, ImageEncoding
 from extract.images import UndecodableImageError
 from extract.job import EncodedUnit, Unit
@@ -50,6 +51,7 @@ class _Shard:
     """The arrays of one unit while they are filled. A row that fails has its reason here and zeros in the arrays."""
 
     unit: Unit
+    buffers: dict[str, NDArray[Any] | ShardBuffer]
     arrays: dict[str, Tensor]
     reasons: dict[int, str] = field(default_factory=dict)
     copies: list[Future[None]] = field(default_factory=list)
@@ -62,7 +64,7 @@ class _Shard:
         for place in self.reasons:
             for tensor in self.arrays.values():
                 tensor[place] = 0
-        shards = {(name, self.unit.number): tensor.numpy() for name, tensor in self.arrays.items()}
+        shards = {(name, self.unit.number): buffer for name, buffer in self.buffers.items()}
         failures = [
             Failure(self.unit.rows[place], id_of_row(self.unit.rows[place]), reason)
             for place, reason in sorted(self.reasons.items())
@@ -116,7 +118,7 @@ class ImagePipeline:
         try:
             loaded = self._load_ahead(decoders, units)
             for unit in units:
-                shard = _Shard(unit, self._make_arrays(len(unit.rows)))
+                shard = self._make_shard(unit)
                 for places, pixels in self._batches(unit, loaded, shard):
                     self._encode(places, pixels, shard, inputs, copies, copier)
                 under_way.append(shard)
@@ -218,18 +220,28 @@ class ImagePipeline:
             dtype = next(layout.dtype for layout in self._layouts if layout.name != "valid")
             shard.reasons[places[place]] = f"its features are not finite in {dtype.name}"
 
-    def _make_arrays(self, num_rows: int) -> dict[str, Tensor]:
-        """Empty arrays for the rows of a unit."""
-        return {
-            layout.name: empty((num_rows, *layout.shape[1:]), layout.dtype, self._device) for layout in self._layouts
-        }
+    def _make_shard(self, unit: Unit) -> _Shard:
+        """Arrays to be filled for the rows of a unit; where that can be, they lie as in the file that comes of them."""
+        buffers: dict[str, NDArray[Any] | ShardBuffer] = {}
+        for layout in self._layouts:
+            num_rows = len(unit.rows)
+            if ShardBuffer.suits(layout):
+                memory = host_memory(ShardBuffer.size(layout, num_rows), self._device)
+                buffers[layout.name] = ShardBuffer(layout, num_rows, memory)
+            else:
+                buffers[layout.name] = np.empty((num_rows, *layout.shape[1:]), layout.dtype)
+        rows = {name: buffer.rows if isinstance(buffer, ShardBuffer) else buffer for name, buffer in buffers.items()}
+        return _Shard(unit, buffers, {name: torch.from_numpy(values) for name, values in rows.items()})
 
 
 def _is_finite(features: Tensor) -> Tensor:
     """(i,) whether all values of each row are. Halves are asked by their bits: torch.isfinite takes 20 times longer."""
-    if features.dtype == torch.float16:
-        return (features.view(torch.int16) & 0x7FFF).flatten(1).amax(1) < 0x7C00
-    return torch.isfinite(features).flatten(1).all(1)
+    if features.dtype != torch.float16:
+        return torch.isfinite(features).flatten(1).all(1)
+    bits = features.view(torch.int16)
+    if bits.device.type == "cpu":  # row by row, in memory that is still in the cache
+        return torch.tensor([int((row & 0x7FFF).max()) < 0x7C00 for row in bits.numpy()])
+    return (bits & 0x7FFF).flatten(1).amax(1) < 0x7C00
 
 
 def _stored(encoding: ImageEncoding, arrays: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

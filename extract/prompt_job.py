@@ -17,6 +17,7 @@ from cache_schema.fingerprint import digest_strings
 from cache_schema.layout import ArrayLayout
 from cache_schema.ragged import Offsets, offsets_of
 from cache_schema.samples import open_samples, string_arrays
+from cache_schema.shards import ShardBuffer
 from cache_schema.store import COMMIT_THREADS, StaticArray, StoreHeader, StoreWriter
 from extract.batches import BatchSize
 from extract.encoders.protocols import TextEncoder, TextEncoding
@@ -103,7 +104,7 @@ class PromptJob:
         )
         return PromptJob(config, self._encoder, [self._prompts[row] for row in drawn])
 
-    def _encode_unit(self, unit: Unit) -> dict[tuple[str, int], NDArray[Any]]:
+    def _encode_unit(self, unit: Unit) -> dict[tuple[str, int], NDArray[Any] | ShardBuffer]:
         """The shards a unit owns."""
         offsets, step, num_tokens = self._offsets, self._config.shard_tokens, int(self._offsets[-1])
         first_token, last_token = int(offsets[unit.rows.start]), int(offsets[unit.rows.stop])
@@ -111,7 +112,7 @@ class PromptJob:
         end_of_tokens = min(token_shards.stop * step, num_tokens) if token_shards else last_token
         last_prompt = max(unit.rows.stop, int(np.searchsorted(offsets, end_of_tokens, "left")))
         tokens, pooled = self._encode_prompts(range(unit.rows.start, last_prompt))
-        shards: dict[tuple[str, int], NDArray[Any]] = {("pooled", unit.number): pooled[: len(unit.rows)]}
+        shards: dict[tuple[str, int], NDArray[Any] | ShardBuffer] = {("pooled", unit.number): pooled[: len(unit.rows)]}
         for shard in token_shards:
             stop = min((shard + 1) * step, num_tokens)
             shards["tokens", shard] = tokens[shard * step - first_token : stop - first_token]

@@ -25,7 +25,7 @@ from cache_schema import atomic
 from cache_schema.errors import DamagedStoreError
 from cache_schema.layout import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout, whole
 from cache_schema.reader import ArrayReader, OpenFiles, ShardFiles
-from cache_schema.shards import MISSING, encode_shard
+from cache_schema.shards import MISSING, ShardBuffer, encode_shard
 from tests.cache_schema.toys import DTYPES, assert_same_bits, layout_of, layouts, values_of, write_array
 
 
@@ -532,3 +532,31 @@ def test_a_shard_that_was_refused_is_read_again_once_it_is_mended(store: Path, p
         reader.read()
     atomic.write_file(path, sound)  # as a repair publishes it
     assert_same_bits(reader.read(), values_of(layout))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+@pytest.mark.parametrize("num_rows", [1, 3, 4])
+def test_a_buffer_that_is_filled_in_place_is_the_shard_of_its_rows(dtype: str, num_rows: int) -> None:
+    layout = ArrayLayout("a", (11, 2, 6), np.dtype(dtype), 1, 4, ("row", "y", "x"))
+    rows = np.random.default_rng(0).integers(-100, 100, (num_rows, 2, 6)).astype(dtype)
+    buffer = ShardBuffer(layout, num_rows)
+    buffer.rows[...] = rows
+    assert bytes(buffer.seal()) == bytes(encode_shard(rows, layout))
+
+
+def test_a_buffer_may_be_filled_again_after_it_was_sealed() -> None:
+    layout = ArrayLayout("a", (8, 4), np.dtype("float32"), 1, 4, ("row", "x"))
+    buffer = ShardBuffer(layout, 4, np.empty(1000, np.uint8))
+    for value in (1.0, 2.0):
+        buffer.rows[...] = value
+        assert bytes(buffer.seal()) == bytes(encode_shard(np.full((4, 4), value, np.float32), layout))
+
+
+def test_only_plain_shards_with_a_row_in_each_chunk_are_filled_in_place() -> None:
+    suited = ArrayLayout("a", (8, 4), np.dtype("float16"), 1, 4, ("row", "x"))
+    for changes in ({"chunk_rows": 2}, {"zstd_level": 3}, {"shape": (8, 3)}, {"shape": (8, 0)}):
+        layout = replace(suited, **changes)
+        assert not ShardBuffer.suits(layout)
+        with pytest.raises(ValueError, match="do not lie one by one in a plain shard"):
+            ShardBuffer(layout, 4)
+    assert ShardBuffer.suits(suited)
