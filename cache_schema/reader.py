@@ -396,10 +396,14 @@ def _parse_request(
     return wanted, out
 
 
+def num_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_threads() -> int:
     """One thread for each core this process may run on, up to `MAX_THREADS`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_THREADS, cores)
+    return min(MAX_THREADS, num_cores())
 
 
 def run_on_threads(work: Callable[[], None], num_threads: int) -> None:

@@ -12,7 +12,8 @@ from cache_schema.errors import UsageError
 
 T = TypeVar("T")
 
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")
+"""What torch says where it has no exception of its own for it: other devices, cuBLAS, cuDNN, and the CPU."""
 
 
 class BatchSize:
@@ -35,7 +36,7 @@ class BatchSize:
             batch = slice(start, min(start + self.size, num_items))
             try:
                 result = encode(batch)
-            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not _is_out_of_memory(error):
                     raise
                 self._halve(batch.stop - batch.start, error)
@@ -49,15 +50,15 @@ class BatchSize:
                 "there is not enough memory on the device for a single item; take a smaller --input-size or encoder, "
                 f"or a device with more ({_first_line(error)})."
             ) from error
-        self.size = (num_items + 1) // 2
+        self.size = min(self.size, (num_items + 1) // 2)
         tqdm.write(f"memory ran out with batches of {num_items}; going on with batches of {self.size}.")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    is_cpu = isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
-    return is_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 def _first_line(error: Exception) -> str:

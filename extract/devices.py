@@ -150,7 +150,9 @@ class CopyStream:
         if self._stream is None:
             yield
             return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(mark)
-            yield
-        self._stream.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(mark)
+                yield
+        finally:
+            self._stream.synchronize()  # also where something went wrong: memory may be freed only after its copies

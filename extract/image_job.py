@@ -18,7 +18,7 @@ from cache_schema.errors import UsageError, require_at_least, unknown_name
 from cache_schema.fingerprint import digest_strings
 from cache_schema.layout import ArrayLayout
 from cache_schema.quantize import float_dtype
-from cache_schema.reader import default_threads
+from cache_schema.reader import num_cores
 from cache_schema.samples import ImageTable, digest_array, open_samples, string_arrays
 from cache_schema.store import COMMIT_THREADS, StaticArray, StoreHeader, StoreWriter
 from cache_schema.views import WHOLE, View, check_views, is_windows, make_views
@@ -48,7 +48,7 @@ class ImageJobConfig:
         dtype: how token grids are stored: float16, float32, or int8 with one float16 scale for each token.
         batch_size: rows in one forward pass; None for 8 on a CPU, where more take memory alone, and 64 elsewhere.
             Batches never cross a shard.
-        shard_rows: rows in one shard, the unit of work that a killed job loses at most.
+        shard_rows: rows in one shard, the unit of work; a killed job loses those it has under way.
         views: how each image is looked at, see `cache_schema.views.make_views`; the whole image comes first.
         decode_threads: how many images are decoded at the same time, ahead of the encoder; None for one a core.
     """
@@ -111,7 +111,7 @@ class ImageJob:
         self.items_per_unit = config.shard_rows
         self.label = f"encoding images with {Path(encoder.name).name}"
         self.noun = "image" if list(config.views) == [WHOLE] else "view"
-        decode_threads = config.decode_threads or default_threads()
+        decode_threads = config.decode_threads or num_cores()
         workers = {"decode": decode_threads, "preprocess": decode_threads, "write": COMMIT_THREADS}
         self.clock = StageClock(workers)
         self._pipeline = ImagePipeline(
@@ -177,7 +177,7 @@ class ImageJob:
     def _preprocess(self, view: View, image: NDArray[np.uint8]) -> Loaded:
         left, top, right, bottom = view.box
         if (bottom - top) * (right - left) > MAX_IMAGE_PIXELS:  # a letterbox around something long and thin
-            return UndecodableImageError(f"it takes {bottom - top} x {right - left} pixels to show it in its shape")
+            return UndecodableImageError(f"it takes {bottom - top} x {right - left} pixels to show it so")
         return self._encoder.preprocess(view.apply_to_image(image))
 
     def _decode(self, path: Path, row: int) -> NDArray[np.uint8]:

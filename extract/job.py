@@ -29,7 +29,7 @@ from cache_schema.store import (
     relative_paths,
 )
 from extract.encoders.protocols import ImageEncoder, TextEncoder
-from extract.stages import StageClock, StageRates, timed
+from extract.stages import StageClock, StageRates
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 
@@ -173,8 +173,10 @@ def run_job(job: Job, *, repair: Path | None = None, overcommit: bool = False) -
 
     bar = tqdm(total=job.num_items, initial=job.num_items - num_pending, desc=job.label, unit=job.noun)
     with bar, contextlib.closing(stream), Commits(partial(commit_unit, job)) as commits:
-        for encoded, waited_s in timed(stream):
-            show(commits.commit(encoded, unit_rates(job, encoded, waited_s)))
+        handed_over = time.perf_counter()
+        for encoded in stream:
+            since, handed_over = handed_over, time.perf_counter()
+            show(commits.commit(encoded, unit_rates(job, encoded, handed_over - since)))
         show(commits.wait())
     manifest = writer.finish(unit.name for unit in units)
     seconds = time.perf_counter() - started

@@ -121,8 +121,10 @@ class ImagePipeline:
                 shard = self._make_shard(unit)
                 for places, pixels in self._batches(unit, loaded, shard):
                     self._encode(places, pixels, shard, inputs, copies, copier)
+                    while under_way and under_way[0].is_filled:
+                        yield under_way.popleft().finish(self._id_of_row)
                 under_way.append(shard)
-                while under_way and (len(under_way) > 1 or under_way[0].is_filled):
+                while len(under_way) > 1:
                     yield under_way.popleft().finish(self._id_of_row)
             while under_way:
                 yield under_way.popleft().finish(self._id_of_row)
@@ -140,7 +142,10 @@ class ImagePipeline:
         ahead: deque[tuple[int, Future[Sequence[Loaded]]]] = deque()
         num_ahead = 0
         while True:
-            while num_ahead < (_BATCHES_AHEAD * self._batch_size.size + self._decode_threads):
+            while (
+                num_ahead < _BATCHES_AHEAD * self._batch_size.size + self._decode_threads
+                or len(ahead) < self._decode_threads  # images of many views
+            ):
                 group = next(groups, None)
                 if group is None:
                     break
@@ -210,7 +215,10 @@ class ImagePipeline:
         """Lay the features of a batch into the arrays of its shard, in the data types in which they are kept."""
         with on_device(self._device), copies.after(encoded), make_timer(self._device) as copy:
             finite = torch.ones(len(places), dtype=torch.bool, device=self._device)
-            for name, tensor in _stored(encoding, shard.arrays):
+            stored = dict(_stored(encoding, shard.arrays))
+            assert stored.keys() | {"valid"} == shard.arrays.keys(), "the encoder gives other features than it says"
+            for name, tensor in stored.items():
+                assert tensor.shape == (len(places), *shard.arrays[name].shape[1:]), f"{name} has another shape"
                 finite &= _is_finite(tensor).to(self._device)
                 _lay(shard.arrays[name], places, tensor)
             _lay(shard.arrays["valid"], places, finite)
@@ -260,7 +268,10 @@ def _stored(encoding: ImageEncoding, arrays: Mapping[str, Tensor]) -> Iterator[t
 
 
 def _lay(array: Tensor, places: list[int], values: Tensor) -> None:
-    if places[-1] - places[0] + 1 == len(places):
-        array[places[0] : places[-1] + 1].copy_(values, non_blocking=True)
+    if values.is_cuda and not array.is_contiguous():  # rows that lie apart reach pinned memory directly one by one only
+        for place, row in zip(places, values, strict=True):
+            array[place].copy_(row, non_blocking=True)
+    elif places[-1] - places[0] + 1 == len(places):
+        array[places[0] : places[-1] + 1].copy_(values, non_blocking=values.is_cuda)
     else:
         array[places] = values.to(array.device)

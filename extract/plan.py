@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cache_schema import atomic
 from cache_schema.atomic import StorePath
-from cache_schema.errors import require_at_least
+from cache_schema.errors import UsageError
 from cache_schema.store import Commits, node_metadata
 from extract.job import Job, commit_unit, find_finished, free_bytes, store_bytes, units_of
 from extract.stages import StageRates
@@ -104,7 +104,7 @@ class Plan:
             size, duration = _size(store.num_missing_bytes), _duration(store.seconds)
             lines.append(f"{store.store:36} {todo:>16} {size:>10} {duration:>10}  {binds}")
             if store.stages.rates:
-                lines.append(f"  {store.items_per_s:.1f} {store.noun}s/s; by itself: {store.stages}")
+                lines.append(f"  {store.items_per_s:.3g} {store.noun}s/s; by itself: {store.stages}")
         room = "" if self.free_bytes is None else f"; {_size(self.free_bytes)} are free there"
         lines.append(f"in all {_size(self.num_missing_bytes)} and {_duration(self.seconds)}{room}")
         if not self.fits:
@@ -120,7 +120,8 @@ class ProbeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "seconds")
+        if self.seconds < 1:
+            raise UsageError(f"seconds is {self.seconds:g}: a trial takes at least 1.")
 
 
 def make_plan(tasks: Sequence[Task], *, device: str = "auto", probe: ProbeConfig | None = None) -> Plan:
@@ -171,6 +172,7 @@ def _try_out(job: Job, folder: StorePath, probe: ProbeConfig) -> tuple[float, St
     Units grow until one takes a fair part of the time there is, or is as large as the job's own.
     """
     rows, most_rows = 1, min(job.items_per_unit, job.num_items)
+    _run(job.probe(folder, 1, 1, probe.seed), probe.seconds)  # the first batch wakes the device
     while True:
         warming = job.probe(folder, 2 * rows, rows, probe.seed)
         _, unit_s = _run(warming, probe.seconds)
@@ -188,23 +190,24 @@ def _run(job: Job, seconds: float) -> tuple[float, float]:
     """Encode and publish units for so long: items a second after the first unit, and seconds a unit takes."""
     units = units_of(job)
     job.writer.begin()
-    num_items = num_units = 0
-    started = time.perf_counter()
+    began = started = time.perf_counter()
+    num_items = num_units = num_before = 0
     bar = tqdm(desc=f"trying out: {job.label}", unit=job.noun, leave=False)
     with bar, closing(job.encode(units)) as stream, Commits(partial(commit_unit, job)) as commits:
-        for place, encoded in enumerate(stream):
+        for encoded in stream:
             commits.commit(encoded, {})
             bar.update(len(encoded.unit.rows))
-            if place == 0 and len(units) > 1:  # what fills the pipeline is not the rate at which it flows
-                started = time.perf_counter()
-                continue
             num_items += len(encoded.unit.rows)
             num_units += 1
-            if time.perf_counter() - started > seconds:
-                break
+            if num_units == 1:
+                started, num_before = time.perf_counter(), num_items
+            elif time.perf_counter() - started > seconds:
+                break  # what filled the pipeline is not the rate at which it flows
+        else:
+            started, num_before = began, 0  # the job came to its end, and filling it is part of that
         commits.wait()
         took_s = time.perf_counter() - started
-    return num_items / took_s, took_s / num_units
+    return (num_items - num_before) / took_s, took_s / (num_units - bool(num_before))
 
 
 @contextmanager
@@ -217,12 +220,13 @@ def _trial_folder(out: StorePath) -> Iterator[StorePath]:
     finally:
         atomic.remove(folder)
         if made:
-            atomic.remove(out)
+            with suppress(OSError):  # another job writes there by now
+                out.rmdir()
 
 
 def _size(num_bytes: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
+        if num_bytes < 999.5:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} TB"

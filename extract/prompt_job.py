@@ -34,7 +34,7 @@ class PromptJobConfig:
 
     Args:
         batch_size: prompts in one forward pass.
-        unit_prompts: prompts in one unit of work, which a killed job loses at most.
+        unit_prompts: prompts in one unit of work.
         shard_tokens: token features in one shard file.
     """
 
@@ -99,7 +99,8 @@ class PromptJob:
             self._config,
             out=out,
             unit_prompts=unit_items,
-            shard_tokens=TOKENS_PER_CHUNK,
+            shard_tokens=max(1, self._config.shard_tokens * unit_items // self._config.unit_prompts // TOKENS_PER_CHUNK)
+            * TOKENS_PER_CHUNK,
             batch_size=min(self._config.batch_size, unit_items),
         )
         return PromptJob(config, self._encoder, [self._prompts[row] for row in drawn])
@@ -139,9 +140,10 @@ class PromptJob:
                     tokens[offsets[row] : offsets[row + 1]] = values[mask]
         for name, features in (("token", tokens), ("pooled", pooled)):
             if not np.isfinite(features).all():
-                raise UsageError(
-                    f"{self._encoder.name} gave {name} features that {dtype.name} cannot hold; store them as float32."
+                remedy = (
+                    "compute in float32 (--precision)" if dtype == np.float32 else "store them as float32 (--dtype)"
                 )
+                raise UsageError(f"{self._encoder.name} gave {name} features that {dtype.name} cannot hold; {remedy}.")
         return tokens, pooled
 
 

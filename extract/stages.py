@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 STAGES = ("decode", "preprocess", "forward", "copy", "write")
 """In the order in which an item goes through them."""
 
 
 _SHARING = ("decode", "preprocess")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,8 @@ class StageRates:
 
     def __str__(self) -> str:
         parts = [
-            f"{stage} {rate:.0f}/s{' (binds)' if stage == self.binds else ''}" for stage, rate in self.rates.items()
+            f"{stage} {_rounded(rate)}/s{' (binds)' if stage == self.binds else ''}"
+            for stage, rate in self.rates.items()
         ]
         return ", ".join(parts)
 
@@ -109,13 +107,5 @@ class StageClock:
         )
 
 
-def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
-    """Each item with the seconds that were spent waiting for it."""
-    iterator = iter(items)
-    while True:
-        started = time.perf_counter()
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        yield item, time.perf_counter() - started
+def _rounded(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -58,7 +58,7 @@ class ExtractionOptions:
     batch_size: int | None = None
     """Views in one forward pass, halved where memory runs out; by default 8 on a CPU, 64 elsewhere."""
     shard_rows: int = 64
-    """Views in one shard: what a killed job loses at most."""
+    """Views in one shard, the unit of work; a killed job loses those it has under way."""
     decode_threads: int | None = None
     """Images decoded at the same time; by default one for each core."""
     device: str = "auto"
@@ -110,7 +110,7 @@ class Extract(ExtractionOptions):
     """Encode the images and prompts of a samples store, once, into feature stores beside it.
 
     A killed job goes on where it was; a finished one is not done again. Images that cannot be read are listed in
-    the store's ledger.jsonl. `headstart plan` takes the same options and says what they will cost.
+    the store's ledger.jsonl. `headstart plan` takes the same options of what to encode, and says what it will cost.
 
     Example: headstart extract stores/samples-0123456789ab.zarr --image-encoder dinov2-base --text-encoder clip-base-16
     --input-size 448 448 --precision bfloat16

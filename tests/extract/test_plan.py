@@ -129,5 +129,5 @@ def test_a_disk_that_is_too_small_is_called_so(free_bytes: int | None, fits: boo
 def test_the_table_names_stores_sizes_times_and_what_binds() -> None:
     store, rates, whole = Plan((STORE,), 5_000_000).table().splitlines()[1:]
     assert store.split() == ["image_features-0123456789ab.zarr", "10", "images", "2", "kB", "2", "s", "forward"]
-    assert rates.strip() == "5.0 images/s; by itself: forward 5/s (binds)"
+    assert rates.strip() == "5 images/s; by itself: forward 5/s (binds)"
     assert whole == "in all 2 kB and 2 s; 5 MB are free there"
