@@ -25,6 +25,7 @@ bench:
 	$(BENCH_PYTHON) -m benchmarks.reader --cold --json build/reader.json
 	$(BENCH_PYTHON) -m benchmarks.loader --json build/loader.json
 	$(BENCH_PYTHON) -m benchmarks.int8 --demo build/demo --json build/int8.json
+	$(BENCH_PYTHON) -m benchmarks.extract --json build/extract.json
 
 # The stamp is written last, so an installation that was cut short starts again.
 $(STAMP): pyproject.toml constraints.txt

@@ -266,7 +266,7 @@ def test_a_view_that_cannot_be_shown_in_its_shape_is_in_the_ledger(config: Image
     store = open_store(extract_images(replace(config, samples=samples), encoder).path)
     assert store.read("valid").tolist() == [False, True]
     (failure,) = store.failures()
-    assert (failure.id, failure.reason) == ("image 0", "it takes 13333 x 20000 pixels to show it in its shape")
+    assert (failure.id, failure.reason) == ("image 0", "it takes 13333 x 20000 pixels to show it so")
 
 
 def test_an_image_of_too_many_windows_stops_a_job_before_anything_is_written(
