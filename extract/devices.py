@@ -59,11 +59,16 @@ class Timer(Protocol):
 
 
 class _HostTimer:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def __enter__(self) -> _HostTimer:
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
         self._stopped = time.perf_counter()
 
     def seconds(self) -> float:
@@ -94,7 +99,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 def make_timer(device: torch.device) -> Timer:
     """A timer for work on a device."""
-    return _CudaTimer() if device.type == "cuda" else _HostTimer()
+    return _CudaTimer() if device.type == "cuda" else _HostTimer(device)
 
 
 class InputBuffers:
@@ -117,9 +122,9 @@ class InputBuffers:
             return
         host = self._next_buffer(len(images), images[0].shape)
         np.stack(images, out=host.numpy())
-        on_device = host.to(self._device, non_blocking=True)
+        batch = host.to(self._device, non_blocking=True)
         self._copied[self._turn].record()
-        yield on_device
+        yield batch
 
     def _next_buffer(self, num_images: int, shape: tuple[int, ...]) -> Tensor:
         self._turn = 1 - self._turn

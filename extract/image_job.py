@@ -5,8 +5,10 @@ A row is a view of an image: the rows of an image are consecutive, each a forwar
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +94,7 @@ class ImageJob:
         self._encoder = encoder
         self._image_dir = samples.image_dir
         self._table = table = samples.samples.images if table is None else table
-        views_of_image = [
-            make_views(config.views, (height, width), sha256)
-            for (height, width), sha256 in zip(table.sizes.tolist(), table.sha256, strict=True)
-        ]
-        self._views = [encoder.fit(view) for views in views_of_image for view in views]
-        if is_windows(config.views[-1]) and any(
-            min(encoder.fit(views[-1]).size) < min(views[-1].size) for views in views_of_image
-        ):
-            raise UsageError(
-                "sliding windows are square; cropped to this input's shape they leave gaps. Give a square "
-                "--input-size, or --aspect squash."
-            )
-        self._image_of = np.repeat(np.arange(len(table)), [len(views) for views in views_of_image])
+        self._views, self._image_of = _place_views(config, encoder, table)
         self._layouts = _make_layouts(config, encoder, len(self._views))
         self.writer = _make_writer(config, encoder, table, self._image_of, self._views, self._layouts)
         self.num_items = len(self._views)
@@ -172,7 +162,7 @@ class ImageJob:
                 "with --image-dir, and run the same command again to go on."
             ) from error
         with self.clock.at_work("preprocess", len(group.rows)):
-            return [self._preprocess(self._views[row], image) for row in group.rows]
+            return [self._preprocess(View.from_row(self._views[row].tolist()), image) for row in group.rows]
 
     def _preprocess(self, view: View, image: NDArray[np.uint8]) -> Loaded:
         left, top, right, bottom = view.box
@@ -209,6 +199,24 @@ def extract_images(
     return run_job(ImageJob(config, encoder), repair=repair, overcommit=overcommit)
 
 
+def _place_views(
+    config: ImageJobConfig, encoder: ImageEncoder, table: ImageTable
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """(N, 5) what each row looks at, box and flip, and (N,) the image it looks at."""
+    rows, counts = array("i"), []
+    for (height, width), sha256 in zip(table.sizes.tolist(), table.sha256, strict=True):
+        views = make_views(config.views, (height, width), sha256)
+        fitted = [encoder.fit(view) for view in views]
+        if is_windows(config.views[-1]) and min(fitted[-1].size) < min(views[-1].size):
+            raise UsageError(
+                "sliding windows are square; cropped to this input's shape they leave gaps. Give a square "
+                "--input-size, or --aspect squash."
+            )
+        rows.extend(chain.from_iterable(view.to_row() for view in fitted))
+        counts.append(len(views))
+    return np.array(rows, np.int32).reshape(-1, 5), np.repeat(np.arange(len(table)), counts)
+
+
 def _make_layouts(config: ImageJobConfig, encoder: ImageEncoder, num: int) -> list[ArrayLayout]:
     """The arrays that are filled row by row."""
     rows, dtype, narrow = config.shard_rows, np.dtype(config.dtype), np.dtype(float_dtype(config.dtype))
@@ -240,14 +248,14 @@ def _make_writer(
     encoder: ImageEncoder,
     table: ImageTable,
     image_of: NDArray[np.int64],
-    views: Sequence[View],
+    views: NDArray[np.int32],
     layouts: Sequence[ArrayLayout],
 ) -> StoreWriter:
     static = [
         *string_arrays("image/id", [table.ids[image] for image in image_of], "view"),
         StaticArray("image/sha256", digest_array(table.sha256)[image_of], ("view", "byte")),
         StaticArray("original_size", table.sizes.astype(np.int32)[image_of], ("view", "hw")),
-        StaticArray("view", np.array([view.to_row() for view in views], np.int32), ("view", "box_and_flip")),
+        StaticArray("view", views, ("view", "box_and_flip")),
     ]
     identity: dict[str, Any] = {
         "encoder": encoder.identity,

@@ -224,9 +224,18 @@ def require_room(writer: StoreWriter, share: float) -> None:
     free, needed = free_bytes(writer.path), round(share * store_bytes(writer))
     if free is not None and needed > free:
         raise NoRoomError(
-            f"{writer.path.name} needs {needed / 1e9:.1f} GB and {writer.path.parent} has {free / 1e9:.1f} GB; make "
+            f"{writer.path.name} needs {size_text(needed)} and {writer.path.parent} has {size_text(free)}; make "
             "room, take --dtype int8 or fewer layers, or go on all the same with --overcommit."
         )
+
+
+def size_text(num_bytes: float) -> str:
+    """For people, such as 4.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
 
 
 def recorded_provenance(

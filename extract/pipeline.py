@@ -35,7 +35,13 @@ Loaded = NDArray[np.uint8] | UndecodableImageError
 """What becomes of a row before the encoder: pixels at the encoder's input size, or the reason why there are none."""
 
 _BATCHES_AHEAD = 2
-"""So many batches are decoded while one is in the encoder, and so many may wait to be copied back."""
+"""So many batches are decoded while one is in the encoder."""
+
+_COPIES_AHEAD = 2
+"""So many batches of a shard may wait to be copied back."""
+
+_SCALES = "scale/"
+"""Arrays that come of quantizing the features of the same name."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,19 @@ class RowGroup:
 
     image: int
     rows: range
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch's features on the device as they are to be kept, which of its rows are finite, and when it was done.
+
+    All of it is made where a lack of memory is answered with smaller batches.
+    """
+
+    features: Mapping[str, Tensor]
+    finite: Tensor
+    forward: Timer
+    done: Any
 
 
 @dataclass
@@ -100,6 +119,7 @@ class ImagePipeline:
     ) -> None:
         self._encoder = encoder
         self._layouts = layouts
+        self._float_dtype = next(layout.dtype.name for layout in layouts if layout.dtype.kind == "f")
         self._groups = groups
         self._load = load
         self._id_of_row = id_of_row
@@ -190,43 +210,39 @@ class ImagePipeline:
     ) -> None:
         """Put a batch through the encoder, in smaller ones where memory runs out, and have its features copied back."""
 
-        def forward(batch: slice) -> tuple[ImageEncoding, Timer, Any]:
+        def forward(batch: slice) -> _Batch:
             with self._encoder_lock, on_device(self._device), inputs.stacked(pixels[batch]) as stacked:
                 with make_timer(self._device) as timer:
                     encoding = self._encoder.encode(stacked)
-                return encoding, timer, copies.mark()
+                features = _narrow(encoding, shard.arrays)
+                finite = torch.stack([_is_finite(tensor).to(self._device) for tensor in features.values()]).all(0)
+                return _Batch(features, finite, timer, copies.mark())
 
-        for batch, (encoding, timer, encoded) in self._batch_size.run(forward, len(pixels)):
-            copy = copier.submit(self._copy_back, places[batch], encoding, shard, copies, encoded, timer)
+        for batch, encoded in self._batch_size.run(forward, len(pixels)):
+            copy = copier.submit(self._copy_back, places[batch], encoded, shard, copies)
             shard.copies.append(copy)
             shard.batch_size = max(shard.batch_size, batch.stop - batch.start)
-        for copy in shard.copies[: -_BATCHES_AHEAD or None]:
-            copy.result()
+        if len(shard.copies) > _COPIES_AHEAD:  # they are made in order
+            shard.copies[-_COPIES_AHEAD - 1].result()
 
-    def _copy_back(
-        self,
-        places: list[int],
-        encoding: ImageEncoding,
-        shard: _Shard,
-        copies: CopyStream,
-        encoded: Any,
-        forward: Timer,
-    ) -> None:
-        """Lay the features of a batch into the arrays of its shard, in the data types in which they are kept."""
-        with on_device(self._device), copies.after(encoded), make_timer(self._device) as copy:
-            finite = torch.ones(len(places), dtype=torch.bool, device=self._device)
-            stored = dict(_stored(encoding, shard.arrays))
-            assert stored.keys() | {"valid"} == shard.arrays.keys(), "the encoder gives other features than it says"
-            for name, tensor in stored.items():
-                assert tensor.shape == (len(places), *shard.arrays[name].shape[1:]), f"{name} has another shape"
-                finite &= _is_finite(tensor).to(self._device)
-                _lay(shard.arrays[name], places, tensor)
-            _lay(shard.arrays["valid"], places, finite)
-        self._clock.add("forward", forward.seconds(), len(places))
+    def _copy_back(self, places: list[int], encoded: _Batch, shard: _Shard, copies: CopyStream) -> None:
+        """Lay the features of a batch into the arrays of its shard."""
+        with on_device(self._device), copies.after(encoded.done), make_timer(self._device) as copy:
+            _lay(shard.arrays["valid"], places, encoded.finite)
+            for name, tensor in encoded.features.items():
+                if shard.arrays[name].dtype == torch.int8:
+                    values, scale = quantize(tensor.cpu().float().numpy())
+                    _lay(shard.arrays[name], places, torch.from_numpy(values))
+                    _lay(shard.arrays[_SCALES + name.partition("/")[2]], places, torch.from_numpy(scale))
+                else:
+                    _lay(shard.arrays[name], places, tensor)
+        for name, array in shard.arrays.items():
+            if name.startswith(_SCALES):
+                shard.arrays["valid"][places] &= _is_finite(array[places])
+        self._clock.add("forward", encoded.forward.seconds(), len(places))
         self._clock.add("copy", copy.seconds(), len(places))
         for place in np.flatnonzero(~shard.arrays["valid"].numpy()[places]).tolist():
-            dtype = next(layout.dtype for layout in self._layouts if layout.name != "valid")
-            shard.reasons[places[place]] = f"its features are not finite in {dtype.name}"
+            shard.reasons[places[place]] = f"its features are not finite in {self._float_dtype}"
 
     def _make_shard(self, unit: Unit) -> _Shard:
         """Arrays to be filled for the rows of a unit; where that can be, they lie as in the file that comes of them."""
@@ -252,19 +268,17 @@ def _is_finite(features: Tensor) -> Tensor:
     return (bits & 0x7FFF).flatten(1).amax(1) < 0x7C00
 
 
-def _stored(encoding: ImageEncoding, arrays: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A batch's features as they are in the store, by array name."""
-    for layer, tensor in encoding.features.items():
-        stored = arrays[f"features/{layer}"]
-        if stored.dtype == torch.int8:
-            values, scale = quantize(tensor.float().cpu().numpy())
-            yield f"features/{layer}", torch.from_numpy(values)
-            yield f"scale/{layer}", torch.from_numpy(scale)
-        else:
-            yield f"features/{layer}", tensor.to(stored.dtype)
-    for kind, tensors in (("cls", encoding.cls), ("attention", encoding.attention)):
-        for name, tensor in tensors.items():
-            yield f"{kind}/{name}", tensor.to(arrays[f"{kind}/{name}"].dtype)
+def _narrow(encoding: ImageEncoding, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch's features by array name, in the data types of their arrays; those kept as int8 as they are."""
+    kinds = (("features", encoding.features), ("cls", encoding.cls), ("attention", encoding.attention))
+    found = {f"{kind}/{name}": tensor for kind, tensors in kinds for name, tensor in tensors.items()}
+    expected = {name for name in arrays if name != "valid" and not name.startswith(_SCALES)}
+    assert found.keys() == expected, "the encoder gives other features than it says"
+    for name, tensor in found.items():
+        assert tensor.shape[1:] == arrays[name].shape[1:], f"{name} has another shape"
+        if arrays[name].dtype != torch.int8:
+            found[name] = tensor.to(arrays[name].dtype)
+    return found
 
 
 def _lay(array: Tensor, places: list[int], values: Tensor) -> None:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from cache_schema import atomic
 from cache_schema.atomic import StorePath
-from cache_schema.errors import UsageError
+from cache_schema.errors import NoRoomError, UsageError
 from cache_schema.store import Commits, node_metadata
-from extract.job import Job, commit_unit, find_finished, free_bytes, store_bytes, units_of
+from extract.job import Job, commit_unit, find_finished, free_bytes, size_text, store_bytes, units_of
 from extract.stages import StageRates
 from extract.tasks import Task
 
@@ -36,8 +36,8 @@ class StorePlan:
         num_pending: items that are not in it yet.
         num_bytes: of the finished store.
         num_missing_bytes: of those, what is still to be written.
-        items_per_s: what the whole job did in the trial; None where nothing is left to do.
-        seconds: how long the rest of it will take.
+        items_per_s: what the whole job did in the trial; None where nothing is left to do, or there is no room to try.
+        seconds: how long the rest of it will take; None where there is no room to try.
         stages: what each stage would do by itself.
     """
 
@@ -48,7 +48,7 @@ class StorePlan:
     num_bytes: int
     num_missing_bytes: int
     items_per_s: float | None
-    seconds: float
+    seconds: float | None
     stages: StageRates = field(default_factory=lambda: StageRates({}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,8 +78,10 @@ class Plan:
         return sum(store.num_missing_bytes for store in self.stores)
 
     @property
-    def seconds(self) -> float:
-        return sum(store.seconds for store in self.stores)
+    def seconds(self) -> float | None:
+        """How long all of it will take; None if that is not known of a store."""
+        seconds = [store.seconds for store in self.stores if store.seconds is not None]
+        return sum(seconds) if len(seconds) == len(self.stores) else None
 
     @property
     def fits(self) -> bool:
@@ -101,12 +103,12 @@ class Plan:
         for store in self.stores:
             todo = f"{store.num_pending} {store.noun}s"
             binds = store.stages.binds or "-"
-            size, duration = _size(store.num_missing_bytes), _duration(store.seconds)
+            size, duration = size_text(store.num_missing_bytes), _duration(store.seconds)
             lines.append(f"{store.store:36} {todo:>16} {size:>10} {duration:>10}  {binds}")
-            if store.stages.rates:
+            if store.items_per_s is not None:
                 lines.append(f"  {store.items_per_s:.3g} {store.noun}s/s; by itself: {store.stages}")
-        room = "" if self.free_bytes is None else f"; {_size(self.free_bytes)} are free there"
-        lines.append(f"in all {_size(self.num_missing_bytes)} and {_duration(self.seconds)}{room}")
+        room = "" if self.free_bytes is None else f"; {size_text(self.free_bytes)} are free there"
+        lines.append(f"in all {size_text(self.num_missing_bytes)} and {_duration(self.seconds)}{room}")
         if not self.fits:
             lines.append("THE DISK IS TOO SMALL: make room, take --dtype int8 or fewer layers, or write elsewhere")
         return "\n".join(lines)
@@ -152,8 +154,11 @@ def _plan_store(job: Job, opening_s: float, probe: ProbeConfig) -> StorePlan:
     described = (job.writer.path.name, job.noun, job.num_items, num_pending, num_bytes, round(share * num_bytes))
     if not pending:
         return StorePlan(*described, items_per_s=None, seconds=0.0)
-    with _trial_folder(job.writer.path.parent) as folder:
-        rate, stages = _try_out(job, folder, probe)
+    try:
+        with _trial_folder(job.writer.path.parent) as folder:
+            rate, stages = _try_out(job, folder, probe)
+    except NoRoomError:  # the plan's own answer is clearer than this
+        return StorePlan(*described, items_per_s=None, seconds=None)
     return StorePlan(*described, items_per_s=rate, seconds=opening_s + num_pending / rate, stages=stages)
 
 
@@ -224,15 +229,9 @@ def _trial_folder(out: StorePath) -> Iterator[StorePath]:
                 out.rmdir()
 
 
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
-
-
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

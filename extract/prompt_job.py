@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from extract.stages import StageClock
 
 TOKENS_PER_CHUNK = 32
 DTYPES = ("float16", "float32")
+
+_TOKENIZED_AT_ONCE = 4096
+"""Token ids are lists only for so many prompts at a time: a list takes twenty times the room of an array."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,7 @@ class PromptJob:
         self._prompts = prompts
         self._config = config
         self._encoder = encoder
-        self._token_ids = encoder.tokenize(prompts)
-        self._offsets = offsets_of(map(len, self._token_ids))
+        self._token_ids, self._offsets = _tokenize(encoder, prompts)
         self._batch_size = BatchSize(config.batch_size)
         self._encoder_lock = threading.Lock()
         self.writer = _make_writer(config, prompts, self._token_ids, self._offsets, encoder)
@@ -121,15 +124,16 @@ class PromptJob:
 
     def _encode_prompts(self, prompts: range) -> tuple[NDArray[Any], NDArray[Any]]:
         """(L, D) token features end to end and (M, P) pooled features, computed in batches of like lengths."""
-        dtype, token_ids = np.dtype(self._config.dtype), self._token_ids[prompts.start : prompts.stop]
-        offsets = offsets_of(map(len, token_ids))
-        tokens = np.empty((int(offsets[-1]), self._encoder.token_width), dtype)
-        pooled = np.empty((len(token_ids), self._encoder.pooled_width), dtype)
-        by_length = sorted(range(len(token_ids)), key=lambda row: len(token_ids[row]))
+        dtype, offsets = np.dtype(self._config.dtype), self._offsets[prompts.start : prompts.stop + 1]
+        tokens = np.empty((int(offsets[-1] - offsets[0]), self._encoder.token_width), dtype)
+        pooled = np.empty((len(prompts), self._encoder.pooled_width), dtype)
+        by_length = np.argsort(np.diff(offsets), kind="stable").tolist()
+        token_ids = [self._token_ids[start:stop] for start, stop in pairwise(offsets.tolist())]
+        offsets = offsets - offsets[0]
 
         def forward(batch: slice) -> TextEncoding:
             with self._encoder_lock, self.clock.at_work("forward", len(by_length[batch])):
-                encoding = self._encoder.encode([token_ids[row] for row in by_length[batch]])
+                encoding = self._encoder.encode([token_ids[row].tolist() for row in by_length[batch]])
                 return TextEncoding(*(tensor.cpu() for tensor in (encoding.tokens, encoding.mask, encoding.pooled)))
 
         for batch, encoding in self._batch_size.run(forward, len(by_length)):
@@ -164,8 +168,22 @@ def extract_prompts(
     return run_job(PromptJob(config, encoder), repair=repair, overcommit=overcommit)
 
 
+def _tokenize(encoder: TextEncoder, prompts: Sequence[str]) -> tuple[NDArray[np.int32], Offsets]:
+    """The token ids of all prompts end to end, and where each one's begin."""
+    parts, lengths = [np.empty(0, np.int32)], list[int]()
+    for start in range(0, len(prompts), _TOKENIZED_AT_ONCE):
+        token_ids = encoder.tokenize(prompts[start : start + _TOKENIZED_AT_ONCE])
+        parts.append(np.fromiter(chain.from_iterable(token_ids), np.int32))
+        lengths += map(len, token_ids)
+    return np.concatenate(parts), offsets_of(lengths)
+
+
 def _make_writer(
-    config: PromptJobConfig, prompts: Sequence[str], token_ids: list[list[int]], offsets: Offsets, encoder: TextEncoder
+    config: PromptJobConfig,
+    prompts: Sequence[str],
+    token_ids: NDArray[np.int32],
+    offsets: Offsets,
+    encoder: TextEncoder,
 ) -> StoreWriter:
     dtype, num_tokens = np.dtype(config.dtype), int(offsets[-1])
     layouts = [
@@ -189,7 +207,7 @@ def _make_writer(
     static = [
         *string_arrays("prompt/text", prompts, "prompt"),
         StaticArray("offsets", offsets, ("prompt_start",)),
-        StaticArray("token_ids", np.array([token for ids in token_ids for token in ids], np.int32), ("token",)),
+        StaticArray("token_ids", token_ids, ("token",)),
     ]
     identity = {
         "encoder": encoder.identity,

@@ -75,8 +75,10 @@ class StageClock:
     def at_work(self, stage: str, num_items: int = 1) -> Iterator[None]:
         """Count what happens inside as work of one stage on so many items."""
         started = time.perf_counter()
-        yield
-        self.add(stage, time.perf_counter() - started, num_items)
+        try:
+            yield
+        finally:  # an image that cannot be decoded took its time too
+            self.add(stage, time.perf_counter() - started, num_items)
 
     def add(self, stage: str, seconds: float, num_items: int = 1) -> None:
         """Count so many seconds as work of one stage."""

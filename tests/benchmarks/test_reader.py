@@ -91,7 +91,7 @@ def test_ratio_is_the_median_of_the_ratios_within_rounds() -> None:
     assert report.ratios == {"ours / other": Spread(3.0, 2.0, 5.0)}
 
 
-def test_contenders_take_turns() -> None:
+def test_contenders_take_turns_and_another_goes_first_in_each_round() -> None:
     went: list[str] = []
 
     def turn(name: str) -> float:
@@ -99,8 +99,8 @@ def test_contenders_take_turns() -> None:
         return float(len(went))
 
     rates = take_turns({"a": lambda: turn("a"), "b": lambda: turn("b")}, rounds=2)
-    assert went == ["a", "b", "a", "b"]
-    assert rates == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
+    assert went == ["a", "b", "b", "a"]
+    assert rates == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
 
 
 @pytest.mark.parametrize(

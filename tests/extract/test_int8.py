@@ -164,7 +164,7 @@ def test_tokens_that_no_float16_can_scale_are_in_the_ledger_and_nowhere_else(
     assert not store.read("valid").any()
     failures = store.failures()
     assert sorted(failure.row for failure in failures) == list(range(NUM_IMAGES))
-    assert {failure.reason for failure in failures} == {"its features are not finite in int8"}
+    assert {failure.reason for failure in failures} == {"its features are not finite in float16"}
     for name in ("features/fine", "features/coarse", "scale/fine", "scale/coarse", "cls/fine"):
         assert not store.read(name).any(), name
 

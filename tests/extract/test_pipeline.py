@@ -243,9 +243,7 @@ def test_a_store_that_does_not_fit_on_the_disk_is_refused_before_anything_is_wri
         f_bavail, f_frsize = 0, 4096
 
     monkeypatch.setattr("extract.job.os.statvfs", lambda folder: Full)
-    with pytest.raises(
-        NoRoomError, match=r"image_features-.* needs .* GB and .* has 0.0 GB; make room, .*--overcommit"
-    ):
+    with pytest.raises(NoRoomError, match=r"image_features-.* needs .* kB and .* has 0 B; make room, .*--overcommit"):
         extract_images(config, ToyImageEncoder())
     assert not config.out.exists()
     assert extract_images(config, ToyImageEncoder(), overcommit=True).num_encoded == NUM_IMAGES
