@@ -37,5 +37,5 @@ def unknown_name(noun: str, name: str, known: Iterable[str]) -> UsageError:
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown {noun} {name!r}: {hint}Known: {', '.join(names)}.")
+    hint = f": did you mean {near[0]!r}?" if near else "."
+    return UsageError(f"unknown {noun} {name!r}{hint} Known: {', '.join(names)}.")

@@ -33,6 +33,11 @@ def decode_mask(counts: bytes, size: Size) -> NDArray[np.bool_]:
     return decoded.astype(np.bool_)
 
 
+def is_empty(counts: bytes, size: Size) -> bool:
+    """Whether COCO counts mark no pixel."""
+    return int(coco_mask.area({"size": list(size), "counts": counts})) == 0
+
+
 def empty_mask(size: Size) -> bytes:
     """Counts of the (H, W) mask without a pixel: the target of a no-target prompt."""
     return encode_mask(np.zeros(size, np.bool_))
@@ -69,13 +74,17 @@ def merge_counts(parts: Sequence[bytes], size: Size) -> bytes:
 def _parse_polygons(polygons: Sequence[Any], size: Size) -> list[list[float]]:
     """Polygons that pycocotools can draw: it crashes on coordinates that overflow its integers."""
     far_px = 2 * max(size)
+    height, width = size
     for polygon in polygons:
         if not isinstance(polygon, list) or any(type(value) not in (int, float) for value in polygon):
             raise ValueError("a polygon must be a list of numbers")
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError("a polygon is a flat list of at least three x, y pairs")
         if not all(abs(value) <= far_px for value in polygon):
-            raise ValueError(f"a polygon lies far outside the image of {size[0]} x {size[1]} pixels (height x width)")
+            raise ValueError(f"a polygon lies far outside the image of {height} x {width} pixels (height x width)")
+        columns, rows = polygon[::2], polygon[1::2]
+        if max(columns) < 0 or min(columns) > width or max(rows) < 0 or min(rows) > height:
+            raise ValueError(f"a polygon lies outside the image of {height} x {width} pixels (height x width)")
     return [[float(value) for value in polygon] for polygon in polygons]
 
 

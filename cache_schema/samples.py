@@ -8,7 +8,8 @@ Arrays (N images, M prompts, S samples; each `*/values`, `*/offsets` pair is a r
     prompt/text               UTF-8 strings, each once
     sample/id                 UTF-8 strings
     sample/image, /prompt     (S,) int32 rows of the above
-    sample/target             COCO run-length counts at the image's size
+    sample/target             COCO run-length counts at the image's size; no byte where a sample has no mask
+    sample/ignored            counts of the pixels that nobody labelled; only where a dataset has such pixels
     sample/no_target          (S,) bool
     sample/split              (S,) int32 into the identity's "splits"
     sample/tag/<name>         (S,) int32 into the identity's "tags"[name]; -1 where a sample lacks the tag
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_schema.atomic import StorePath
-from cache_schema.errors import unknown_name
+from cache_schema.errors import UsageError, unknown_name
 from cache_schema.masks import Size, decode_mask
 from cache_schema.ragged import pack_bytes, pack_strings, unpack_bytes, unpack_strings
 from cache_schema.store import (
@@ -61,7 +62,12 @@ class ImageTable:
 
 @dataclass(frozen=True)
 class Samples:
-    """S samples over `images` and `prompts`. `tags` maps a tag's name to one value or None for each sample."""
+    """S samples over `images` and `prompts`.
+
+    `tags` maps a tag's name to one value or None for each sample. `targets` holds b"" for a sample without a mask, for
+    which a mask without a pixel is not the same. `ignored` is empty, or holds counts for each sample, b"" where every
+    pixel is labelled. `classes` are the names of a fixed vocabulary in the order of their ids, where there is one.
+    """
 
     images: ImageTable
     prompts: Sequence[str]
@@ -72,6 +78,8 @@ class Samples:
     no_target: NDArray[np.bool_]
     splits: Sequence[str]
     tags: Mapping[str, Sequence[str | None]]
+    ignored: Sequence[bytes] = ()
+    classes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,8 +90,31 @@ class Samples:
         return height, width
 
     def target(self, sample: int) -> NDArray[np.bool_]:
-        """A sample's truth, (H, W) at original size."""
+        """A sample's truth, (H, W) at original size.
+
+        Raises:
+            UsageError: it has none.
+        """
+        self.require_masks([sample])
         return decode_mask(self.targets[sample], self.size_of(sample))
+
+    def ignored_pixels(self, sample: int) -> NDArray[np.bool_] | None:
+        """(H, W) the pixels of a sample's image that nobody labelled; None if there are none."""
+        counts = self.ignored[sample] if self.ignored else b""
+        return decode_mask(counts, self.size_of(sample)) if counts else None
+
+    def require_masks(self, rows: Iterable[int]) -> None:
+        """Make sure that samples have masks.
+
+        Raises:
+            UsageError: one has none, as the samples of image-caption datasets.
+        """
+        for row in rows:
+            if not self.targets[row]:
+                raise UsageError(
+                    f"sample {self.ids[row]} has no mask; captions align encoders, but masks cannot be learned or "
+                    "scored from them. Name the samples store of a dataset with masks."
+                )
 
     def rows_of_split(self, split: str) -> NDArray[np.int64]:
         """The samples of one split, in order.
@@ -116,6 +147,7 @@ def write_samples(
     sources: Mapping[str, str],
     image_dir: Path,
     libraries: Mapping[str, str],
+    num_faults: int = 0,
 ) -> tuple[StorePath, bool]:
     """Write `samples` under `parent`; return the store's path and whether it was there already.
 
@@ -124,6 +156,7 @@ def write_samples(
         sources: SHA-256 of every annotation file, by file name.
         image_dir: where the images lie now; recorded relative to the store, outside its identity.
         libraries: versions of the libraries that took part, recorded beside the identity.
+        num_faults: faults of the dataset for which items were left out, recorded beside the identity.
     """
     split_names, splits = _encode(samples.splits)
     tag_names: dict[str, list[str]] = {}
@@ -140,6 +173,8 @@ def write_samples(
         StaticArray("sample/no_target", samples.no_target.astype(np.bool_), ("sample",)),
         StaticArray("sample/split", splits, ("sample",)),
     ]
+    if any(samples.ignored):
+        arrays += _ragged_arrays("sample/ignored", pack_bytes(samples.ignored), "sample")
     for name in sorted(samples.tags):
         tag_names[name], codes = _encode(samples.tags[name])
         arrays.append(StaticArray(f"sample/tag/{name}", codes, ("sample",)))
@@ -148,12 +183,14 @@ def write_samples(
         "sources": dict(sources),
         "splits": split_names,
         "tags": tag_names,
+        **({"classes": list(samples.classes)} if samples.classes else {}),
         "arrays": {array.name: hashlib.sha256(np.ascontiguousarray(array.values).data).hexdigest() for array in arrays},
     }
     header = StoreHeader("samples", identity, {})
     recorded = {
         "paths": relative_paths({"image_dir": image_dir}, parent / header.folder_name),
         "libraries": dict(libraries),
+        "num_faults": num_faults,
     }
     writer = StoreWriter(parent, dataclasses.replace(header, recorded=recorded), (), arrays)
     if is_complete(writer.path):
@@ -190,10 +227,18 @@ def open_samples(path: StorePath, image_dir: Path | None = None) -> SamplesStore
         no_target=store.read("sample/no_target"),
         splits=[value or "" for value in _decode(identity["splits"], store.read("sample/split"))],
         tags={name: _decode(values, store.read(f"sample/tag/{name}")) for name, values in identity["tags"].items()},
+        ignored=_read_ignored(store),
+        classes=tuple(identity.get("classes", ())),
     )
     store.close()
     image_dir = image_dir or recorded_path(store.header, path, "image_dir")
     return SamplesStore(path, store.header.fingerprint, identity["dataset"], samples, image_dir)
+
+
+def _read_ignored(store: Store) -> Sequence[bytes]:
+    if "sample/ignored/values" not in store.layouts:
+        return ()
+    return unpack_bytes(store.read("sample/ignored/values"), store.read("sample/ignored/offsets"))
 
 
 def string_arrays(name: str, items: Sequence[str], axis: str) -> list[StaticArray]:

@@ -439,7 +439,7 @@ def open_store(path: StorePath, kind: StoreKind | None = None) -> Store:
     container = open_container(path)
     header, layouts = StoreHeader.parse(container.read_bytes("zarr.json"), path)
     if kind is not None and header.kind != kind:
-        raise UsageError(f"{path} is a store of {header.kind}, where one of {kind} is wanted.")
+        raise UsageError(f"{path} is a store of {header.kind}, where one of {kind} is wanted; name that one.")
     command = "prepare" if header.kind == "samples" else "extract"
     again = f"Run the `headstart {command}` that made it again: it does only what is not there."
     try:

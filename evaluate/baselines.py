@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
 
 import numpy as np
 from jaxtyping import Bool
@@ -39,19 +40,24 @@ BASELINES: dict[str, Callable[[Size], Bool[np.ndarray, "h w"]]] = {
 }
 
 
-def score_baselines(targets: Iterable[tuple[bytes, Size]], no_target: Iterable[bool | np.bool_]) -> dict[str, Metrics]:
+def score_baselines(
+    targets: Iterable[tuple[bytes, Size]], no_target: Iterable[bool | np.bool_], ignored: Iterable[bytes] | None = None
+) -> dict[str, Metrics]:
     """Metrics of every baseline over a stream of truths, one mask in memory at a time.
 
     `targets` yields the COCO counts of a truth and its size (H, W), `no_target` one flag for each of them. A baseline
-    has no no-target output, so it says "no target" where it marks fewer pixels than the protocol asks for.
+    has no no-target output, so it says "no target" where it marks fewer pixels than the protocol asks for. `ignored`
+    yields the counts of pixels that are not scored, b"" for none.
 
     Raises:
         ValueError: there are more targets than flags, or the other way round.
         UsageError: there is no target at all.
     """
     states: dict[str, State] = dict.fromkeys(BASELINES, ())
+    left_out = repeat(b"") if ignored is None else iter(ignored)
     for (counts, size), absent in zip(targets, no_target, strict=True):
-        truth = decode_mask(counts, size)
+        truth, unlabelled = decode_mask(counts, size), next(left_out)
+        scored = ~decode_mask(unlabelled, size) if unlabelled else np.True_
         for name, predict in BASELINES.items():
-            states[name] = update(states[name], score_mask(predict(size), truth, no_target=absent))
+            states[name] = update(states[name], score_mask(predict(size) & scored, truth & scored, no_target=absent))
     return {name: compute(state) for name, state in states.items()}

@@ -99,7 +99,9 @@ def evaluate_runs(
     rows = evaluations[0].samples
     shown = tqdm(rows, desc=f"scoring baselines on {split}", unit="prompt", delay=1)
     baselines = score_baselines(
-        ((samples.targets[row], samples.size_of(row)) for row in shown), (samples.no_target[row] for row in rows)
+        ((samples.targets[row], samples.size_of(row)) for row in shown),
+        (samples.no_target[row] for row in rows),
+        (samples.ignored[row] for row in rows) if samples.ignored else None,
     )
     prompts = [samples.prompts[samples.prompt_rows[row]] for row in rows]
     tags = {name: [values[row] for row in rows] for name, values in samples.tags.items()}
@@ -163,7 +165,9 @@ def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Proto
     rows = []
     bar = tqdm(total=len(data), desc=f"evaluating {spec.head} on {split}", unit="prompt")
     for row, mask in predict_masks(head, cache, data, data.in_order(BATCH_SIZE), protocol):
-        truth = samples.target(row)
+        truth, ignored = samples.target(row), samples.ignored_pixels(row)
+        if ignored is not None:
+            mask, truth = mask & ~ignored, truth & ~ignored
         state = update(state, score_mask(mask, truth, no_target=samples.no_target[row], protocol=protocol))
         rows.append(row)
         bar.update()

@@ -10,12 +10,17 @@ import re
 import stat
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngImageFile
 
+from cache_schema.masks import Size
 from extract.image_flaws import flaw_of_file, flaw_of_pixels
 
 MAX_IMAGE_PIXELS = 150_000_000
@@ -38,6 +43,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)
+_EXIF_OF_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+"""Where a PNG's orientation may be. Some of it may stand behind the pixels, so Pillow decodes these to look for it."""
 _SPECIAL_FILES = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _TOO_MANY = f"more than {MAX_IMAGE_PIXELS}"
 _NO_HEADER = f"nothing in it reads as the header of {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
@@ -92,6 +100,28 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         UndecodableImageError: not an image, damaged or cut short as far as that can be told, larger than
             `MAX_IMAGE_PIXELS`, or of pixels whose range nothing says.
     """
+    with _opened(data) as image:
+        _refuse(flaw_of_file(image, data, MAX_IMAGE_PIXELS))
+        image.load()
+        _refuse(flaw_of_pixels(image, data))
+        return np.asarray(_to_rgb(_turn_upright(image)))
+
+
+def image_size(data: bytes) -> Size:
+    """(H, W) of what `decode_image` would give, from the header alone.
+
+    Raises:
+        UndecodableImageError: not an image, or larger than `MAX_IMAGE_PIXELS`.
+    """
+    with _opened(data) as image:
+        may_lie = not isinstance(image, PngImageFile) or any(mark in data for mark in _EXIF_OF_PNG)
+        lying = may_lie and _orientation(image) in _LYING
+        return (image.width, image.height) if lying else (image.height, image.width)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[ImageFile]:
+    """An image file whose header was read; whatever goes wrong inside is named."""
     if not data:
         raise UndecodableImageError("the file is empty")
     _hush_pillow()
@@ -99,10 +129,7 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise UndecodableImageError(f"it has {image.height} x {image.width} pixels, {_TOO_MANY}")
-            _refuse(flaw_of_file(image, data, MAX_IMAGE_PIXELS))
-            image.load()
-            _refuse(flaw_of_pixels(image, data))
-            return np.asarray(_to_rgb(_turn_upright(image)))
+            yield image
     except (UndecodableImageError, MemoryError, Warning):  # the latter two are no fault of the bytes
         raise
     except UnidentifiedImageError as error:
@@ -139,13 +166,18 @@ def _message(error: Exception) -> str:
 def _turn_upright(image: Image.Image) -> Image.Image:
     # Pillow's own way of doing this writes the EXIF anew, and fails on tags that it cannot write. A TIFF is upright as
     # soon as it is loaded, and says so.
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        found = image.getexif().get(_EXIF_ORIENTATION, 1)
     except (MemoryError, Warning):
         raise
-    except Exception:  # noqa: BLE001  any error at all, as above; a viewer would show the image as it lies
-        return image
-    return image if turn is None else image.transpose(turn)
+    except Exception:  # noqa: BLE001  any error at all; a viewer would show the image as it lies
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

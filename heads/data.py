@@ -127,6 +127,7 @@ class CachedSplit:
         self._allowed = _allowed_views(cache, self.samples, self._image_of, self._num_views)
         self._targets = None
         if target_size is not None:
+            samples.require_masks(self.samples)
             self._targets = _pack_targets(cache, self.samples, self._image_of, self._num_views, target_size, split)
         self._offsets = torch.from_numpy(cache.prompts.offsets)
         self._tokens = torch.from_numpy(cache.prompts.tokens())

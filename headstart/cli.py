@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tyro
@@ -23,6 +23,8 @@ from cache_schema.errors import UsageError
 from headstart.cache_commands import CACHE_COMMANDS
 from headstart.command import Command, Wanting
 from headstart.commands import COMMANDS
+from headstart.prepare_commands import printable
+from headstart.samples_show import SAMPLES_COMMANDS
 
 DONE, WANTING, MISTAKE, FAULT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -69,14 +71,20 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _make_app() -> tyro.extras.SubcommandApp:
-    cache = tyro.extras.SubcommandApp()
-    for name, command in CACHE_COMMANDS.items():
-        cache.command(name=name)(command)
-    app = tyro.extras.SubcommandApp()
-    for name, command in COMMANDS.items():
-        app.command(name=name)(command)
+    app = _make_group(COMMANDS)
+    app.command(
+        _make_group(SAMPLES_COMMANDS), name="samples", help="Look into samples stores: statistics and pictures."
+    )
+    cache = _make_group(CACHE_COMMANDS)
     app.command(cache, name="cache", help="Look into stores, check, repair, convert and clear them.")
     return app
+
+
+def _make_group(commands: Mapping[str, type[Command]]) -> tyro.extras.SubcommandApp:
+    group = tyro.extras.SubcommandApp()
+    for name, command in commands.items():
+        group.command(name=name)(command)
+    return group
 
 
 def _run(command: Command) -> int:
@@ -86,7 +94,7 @@ def _run(command: Command) -> int:
         with _stopped_by_sigterm(), contextlib.redirect_stdout(sys.stderr if command.json else sys.stdout):
             result = command.run()
     except UsageError as mistake:
-        print(f"headstart: {mistake}", file=sys.stderr)
+        print(f"headstart: {printable(str(mistake))}", file=sys.stderr)
         return MISTAKE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from cache_schema.atomic import parse_path
 from cache_schema.errors import UsageError
 from headstart.command import Command, Json, Place
 from headstart.extract_commands import Encoders, Extract, Plan
+from headstart.prepare_commands import PREPARE_COMMANDS
 
 
 @dataclass(frozen=True)
@@ -34,36 +34,6 @@ class Demo:
         from headstart.demo import run_demo
 
         return run_demo(self.out, self.num_images)
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Read a dataset and write its samples store: images, prompts, targets, splits and tags.
-
-    Example: headstart prepare grefcoco /data/grefcoco --out stores
-    """
-
-    dataset: Positional[str]
-    """Which reader: scenes or grefcoco."""
-    root: Positional[Path]
-    """Folder of the dataset. For grefcoco: grefs(unc).json, instances.json and images/ or train2014/."""
-    out: Place = "stores"
-    """Folder the samples store is written to; s3://bucket/folder and the like work too."""
-    make: int = 0
-    """For scenes: first make a dataset of this many images in the folder."""
-    json: Json = False
-
-    def run(self) -> Any:
-        from extract.datasets.scenes import ScenesConfig, make_scenes
-        from extract.prepare import PrepareConfig, prepare
-
-        if self.make:
-            if self.dataset != "scenes":
-                raise UsageError(f"only scenes can be made, not {self.dataset}; leave --make out.")
-            make_scenes(ScenesConfig(self.root, num_images=self.make))
-        prepared = prepare(PrepareConfig(self.dataset, self.root, parse_path(self.out)))
-        print(prepared.summary())
-        return prepared.to_dict()
 
 
 @dataclass(frozen=True)
@@ -173,7 +143,7 @@ class Predict:
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
-    "prepare": Prepare,
+    **PREPARE_COMMANDS,
     "encoders": Encoders,
     "plan": Plan,
     "extract": Extract,

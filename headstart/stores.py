@@ -11,7 +11,6 @@ from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache, open_cache
 from cache_schema.hdf5 import SUFFIX as HDF5_SUFFIX
 from cache_schema.store import ZARR_SUFFIX, StoreKind, absolute_path, relative_paths
-from heads.train import read_run_config
 
 STORE_SUFFIXES = (ZARR_SUFFIX, HDF5_SUFFIX)
 
@@ -103,6 +102,8 @@ def stores_of_run(run_dir: Path) -> StorePaths:
     Raises:
         UsageError: the folder is no run folder.
     """
+    from heads.train import read_run_config  # slow to import, and most have no run
+
     recorded = read_run_config(run_dir, "store_paths")["store_paths"]
     samples, images, prompts = (_recorded_store(run_dir, recorded[name]) for name in ("samples", "images", "prompts"))
     return StorePaths(samples, images, prompts)

@@ -21,8 +21,9 @@ from cache_schema import atomic
 from cache_schema.errors import UsageError, require_at_least
 from cache_schema.fingerprint import digest_file
 from cache_schema.masks import encode_mask
-from extract.datasets.grefcoco import NO_TARGET, read_grefcoco
-from extract.datasets.records import Dataset
+from extract.datasets.grefcoco import read_grefcoco
+from extract.datasets.records import Dataset, Source
+from extract.datasets.references import NO_TARGET
 from extract.datasets.scene_language import Expression, express
 from extract.datasets.scene_objects import SHAPES, Scene, SceneObject, make_scene
 
@@ -78,9 +79,9 @@ def make_scenes(config: ScenesConfig) -> Path:
     return config.out
 
 
-def open_scenes(root: Path) -> Dataset:
+def open_scenes(source: Source) -> Dataset:
     """Open what `make_scenes` wrote. Tags: `kind` beside gRefCOCO's `targets` and `category`."""
-    return read_grefcoco(root, name="scenes")
+    return read_grefcoco(source, name="scenes")
 
 
 class _Tables:

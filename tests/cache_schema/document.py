@@ -195,7 +195,7 @@ def _names(row: Row, identity: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     if parsed[1].startswith("where"):
         group, _, last = name.rpartition("/")
-        return [(name, group)] if last in listed else []
+        return [(name, group)] if last in listed or name in listed else []
     return [(name[: name.index("<")] + value, value) for value in listed]
 
 

@@ -147,7 +147,7 @@ def test_a_store_says_what_it_is_without_being_complete(stored: StorePath) -> No
 
 
 def test_a_store_of_another_kind_is_refused_everywhere(stored: StorePath) -> None:
-    with pytest.raises(UsageError, match="is a store of image_features, where one of samples is wanted"):
+    with pytest.raises(UsageError, match="is a store of image_features, where one of samples is wanted; name that one"):
         open_store(stored, "samples")
 
 

@@ -10,7 +10,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args
@@ -30,7 +30,7 @@ from cache_schema.fingerprint import canonical_json
 from cache_schema.layout import ArrayLayout
 from cache_schema.masks import encode_mask
 from cache_schema.quantize import quantize
-from cache_schema.samples import read_strings
+from cache_schema.samples import open_samples, read_strings, write_samples
 from cache_schema.shards import encode_shard
 from cache_schema.store import Store, StoreKind, open_store
 from cache_schema.views import ASPECTS, MAX_WINDOWS, PADDING_RGB, View, fit_view, make_views
@@ -161,7 +161,7 @@ def int8_images(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, ima
     root = tmp_path_factory.mktemp("format")
     shutil.copytree(scenes_root, root / "scenes")
     image = sorted((root / "scenes" / "images").iterdir())[3]
-    image.write_bytes(image.read_bytes()[:100])
+    image.write_bytes(image.read_bytes()[:-100])
     samples = prepare(PrepareConfig("scenes", root / "scenes", root)).path
     config = ImageJobConfig(samples, root, dtype="int8", views=("whole", "flip", "crop-0.5"), shard_rows=16)
     return extract_images(config, image_encoder).path
@@ -229,9 +229,25 @@ def without_layers(
 
 
 @pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory, samples_path: Path) -> Path:
+    """Samples of a fixed vocabulary; some pixels of some of them nobody labelled, and one has no mask."""
+    opened = open_samples(samples_path)
+    samples, image_dir = opened.samples, opened.image_dir
+    assert image_dir is not None
+    corner = np.zeros(samples.size_of(0), np.bool_)
+    corner[:2, :3] = True
+    ignored = [encode_mask(corner), *[b""] * (len(samples) - 1)]
+    changed = replace(samples, ignored=ignored, classes=("circle", "square"), targets=[b"", *samples.targets[1:]])
+    out = tmp_path_factory.mktemp("format")
+    libraries = {name: "1" for name in ("numpy", "pycocotools")}
+    return write_samples(out, changed, dataset="labelled", sources={}, image_dir=image_dir, libraries=libraries)[0]
+
+
+@pytest.fixture(scope="session")
 def stores(
     tmp_path_factory: pytest.TempPathFactory,
     samples_path: Path,
+    labelled: Path,
     image_extraction: Extraction,
     prompt_extraction: Extraction,
     int8_images: Path,
@@ -247,7 +263,7 @@ def stores(
     padded = load_text_encoder(TextEncoderSpec(str(siglip)))
     float32 = extract_prompts(PromptJobConfig(samples_path, out, dtype="float32"), padded).path
     images = (image_extraction.path, int8_images, with_attention, without_layers)
-    plain = (samples_path, *images, prompt_extraction.path, float32)
+    plain = (samples_path, labelled, *images, prompt_extraction.path, float32)
     few = (samples_path, prompt_extraction.path, int8_images)
     return Stores(
         [ZarrStore(path) for path in plain],

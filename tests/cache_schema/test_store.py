@@ -310,7 +310,7 @@ def test_a_store_of_another_schema_version_is_refused_by_name(store: Path) -> No
 
 
 def test_a_store_of_another_kind_is_refused(store: Path) -> None:
-    with pytest.raises(UsageError, match="is a store of image_features, where one of samples is wanted"):
+    with pytest.raises(UsageError, match="is a store of image_features, where one of samples is wanted; name that one"):
         open_store(store, "samples")
 
 

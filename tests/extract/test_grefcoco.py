@@ -4,58 +4,40 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from cache_schema.errors import UsageError
 from cache_schema.masks import decode_mask, encode_mask
+from cache_schema.samples import open_samples
 from extract.datasets import DATASETS
 from extract.datasets.faults import AnnotationError
 from extract.datasets.grefcoco import read_grefcoco
-from extract.datasets.records import SampleRecord
-
-H, W = 40, 60
-CAT, DOG = 17, 18
-LEFT_BOX = [2.0, 4.0, 12.0, 4.0, 12.0, 14.0, 2.0, 14.0]
-SHIFTED_BOX = [7.0, 9.0, 17.0, 9.0, 17.0, 19.0, 7.0, 19.0]
-FAR_BOX = [40.0, 20.0, 50.0, 20.0, 50.0, 30.0, 40.0, 30.0]
-
-
-def box_mask(*boxes: tuple[int, int, int, int]) -> NDArray[np.bool_]:
-    mask = np.zeros((H, W), np.bool_)
-    for x0, y0, x1, y1 in boxes:
-        mask[y0:y1, x0:x1] = True
-    return mask
-
-
-LEFT, SHIFTED, FAR = (2, 4, 12, 14), (7, 9, 17, 19), (40, 20, 50, 30)
-CROWD, COMPRESSED = (0, 0, 3, H), (55, 35, 60, 40)
-
-
-def runs_of(mask: NDArray[np.bool_]) -> list[int]:
-    """COCO's uncompressed counts: lengths of alternating runs, down the columns, of zeros first."""
-    flat = mask.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat.astype(np.int8))) + 1
-    runs = np.diff([0, *edges, flat.size]).tolist()
-    return [0, *runs] if flat[0] else runs
-
-
-def annotation(ann_id: int, image_id: int, category_id: int, segmentation: Any, iscrowd: int = 0) -> dict[str, Any]:
-    return {
-        "id": ann_id,
-        "image_id": image_id,
-        "category_id": category_id,
-        "segmentation": segmentation,
-        "area": 100.0,
-        "bbox": [0.0, 0.0, 1.0, 1.0],
-        "iscrowd": iscrowd,
-    }
+from extract.datasets.records import SampleRecord, Source
+from extract.prepare import PrepareConfig, prepare
+from tests.extract.coco_files import (
+    CAT,
+    COMPRESSED,
+    CROWD,
+    FAR,
+    INSTANCES,
+    LEFT,
+    LEFT_BOX,
+    SHIFTED,
+    Change,
+    H,
+    W,
+    annotation,
+    box_mask,
+    having,
+    without,
+    write_images,
+    write_instances,
+)
 
 
 def ref(ref_id: int, ann_id: list[int], *sents: str, image_id: int = 581857, split: str = "train") -> dict[str, Any]:
@@ -76,26 +58,6 @@ def ref(ref_id: int, ann_id: list[int], *sents: str, image_id: int = 581857, spl
     }
 
 
-INSTANCES: dict[str, Any] = {
-    "info": {"description": "a few of COCO's train2014"},
-    "images": [
-        {"id": 581857, "file_name": "COCO_train2014_000000581857.jpg", "height": H, "width": W},
-        {"id": 909, "file_name": "COCO_train2014_000000000909.jpg", "height": W, "width": H},
-    ],
-    "annotations": [
-        annotation(1, 581857, CAT, [LEFT_BOX]),
-        annotation(2, 581857, CAT, [SHIFTED_BOX]),
-        annotation(3, 581857, DOG, [LEFT_BOX, SHIFTED_BOX, FAR_BOX]),
-        annotation(4, 581857, CAT, {"size": [H, W], "counts": runs_of(box_mask(CROWD))}, iscrowd=1),
-        annotation(5, 581857, DOG, {"size": [H, W], "counts": encode_mask(box_mask(COMPRESSED)).decode()}),
-        annotation(6, 909, DOG, [LEFT_BOX]),
-    ],
-    "categories": [
-        {"id": CAT, "name": "cat", "supercategory": "animal"},
-        {"id": DOG, "name": "dog", "supercategory": "animal"},
-    ],
-}
-
 REFS: list[dict[str, Any]] = [
     ref(203, [1], "the left cat", "  cat\ton   the left "),
     ref(204, [1, 2], "both cats", split="val"),
@@ -110,29 +72,31 @@ REFS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for image in INSTANCES["images"]:
-        path = tmp_path / "images" / image["file_name"]
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (image["width"], image["height"])).save(path)
+    write_images(tmp_path / "images")
     write(tmp_path, REFS, INSTANCES)
     return tmp_path
 
 
 def write(root: Path, refs: Any, instances: Any) -> None:
     (root / "grefs(unc).json").write_text(json.dumps(refs))
-    (root / "instances.json").write_text(json.dumps(instances))
+    write_instances(root, instances)
 
 
-def read(root: Path) -> dict[str, SampleRecord]:
-    return {sample.id: sample for sample in read_grefcoco(root).samples}
+def read(root: Path, **options: Any) -> dict[str, SampleRecord]:
+    """The samples of a dataset by id; its faults are raised together."""
+    source = Source(root, **options)
+    samples = {sample.id: sample for sample in read_grefcoco(source).samples}
+    source.faults.raise_if_any()
+    return samples
 
 
 def mask_of(sample: SampleRecord) -> NDArray[np.bool_]:
+    assert sample.target is not None
     return decode_mask(sample.target, sample.image_size)
 
 
 def test_every_sentence_is_a_sample_in_the_order_of_the_file(root: Path) -> None:
-    ids = [sample.id for sample in read_grefcoco(root).samples]
+    ids = [sample.id for sample in read_grefcoco(Source(root)).samples]
     assert ids == ["203:2030", "203:2031", "204:2040", "205:2050", "206:2060", "207:2070", "208:2080", "209:2090"]
 
 
@@ -147,7 +111,7 @@ def test_a_sample_carries_its_image_prompt_split_and_size(root: Path) -> None:
 
 def test_images_are_found_by_id_because_file_names_of_refs_carry_a_suffix(root: Path) -> None:
     assert REFS[0]["file_name"] == "COCO_train2014_000000581857_203.jpg"
-    dataset = read_grefcoco(root)
+    dataset = read_grefcoco(Source(root))
     sample = next(dataset.samples)
     assert sample.image_path == "COCO_train2014_000000581857.jpg"
     assert (dataset.image_dir / sample.image_path).is_file()
@@ -209,7 +173,7 @@ def test_an_annotation_id_without_its_list_and_a_repeated_one_count_once(root: P
 
 
 def test_the_dataset_names_its_sources_and_its_image_folder(root: Path) -> None:
-    dataset = DATASETS["grefcoco"](root)
+    dataset = DATASETS["grefcoco"].read(Source(root))
     assert dataset.name == "grefcoco"
     assert dataset.image_dir == root / "images"
     assert dataset.sources == (root / "grefs(unc).json", root / "instances.json")
@@ -217,71 +181,55 @@ def test_the_dataset_names_its_sources_and_its_image_folder(root: Path) -> None:
 
 def test_the_image_folder_is_train2014_or_whichever_is_named(root: Path) -> None:
     (root / "images").rename(root / "train2014")
-    assert read_grefcoco(root).image_dir == root / "train2014"
+    assert read_grefcoco(Source(root)).image_dir == root / "train2014"
     (root / "coco").mkdir()
     (root / "train2014").rename(root / "coco" / "photos")
-    assert read_grefcoco(root, image_folder="coco/photos").image_dir == root / "coco" / "photos"
+    assert read_grefcoco(Source(root, image_dir=root / "coco" / "photos")).image_dir == root / "coco" / "photos"
 
 
 @pytest.mark.parametrize("name", ["grefs(unc).json", "instances.json"])
 def test_a_missing_file_is_named(root: Path, name: str) -> None:
     (root / name).unlink()
     with pytest.raises(UsageError, match=r"is missing: it should hold .*Give the folder") as caught:
-        read_grefcoco(root)
+        read(root)
     assert str(root / name) in str(caught.value)
 
 
 def test_a_missing_image_folder_is_named_with_what_was_looked_for(root: Path) -> None:
     (root / "images").rename(root / "pictures")
-    with pytest.raises(UsageError, match="no image folder: looked for 'images' and 'train2014'"):
-        read_grefcoco(root)
-    with pytest.raises(UsageError, match="no image folder: looked for 'photos'"):
-        read_grefcoco(root, image_folder="photos")
+    with pytest.raises(UsageError, match=r"no image folder: looked for 'images' and 'train2014' and .*--image-dir"):
+        read(root)
+    with pytest.raises(UsageError, match=r"no folder at .*photos; name the one that holds the images with --image"):
+        read(root, image_dir=root / "photos")
 
 
 def test_a_folder_without_any_of_the_images_is_refused(root: Path) -> None:
     (root / "elsewhere").mkdir()
-    with pytest.raises(UsageError, match=r"elsewhere holds none of the images, not even 'COCO_train2014_000000581857"):
-        read_grefcoco(root, image_folder="elsewhere")
+    complaint = r"elsewhere holds none of the images, not even 'COCO_train2014_000000581857\.jpg'\. .*--image-dir"
+    with pytest.raises(UsageError, match=complaint):
+        read(root, image_dir=root / "elsewhere")
 
 
 def test_malformed_json_is_located_by_line_and_column(root: Path) -> None:
     (root / "grefs(unc).json").write_text('[\n {"ref_id": 1,,}\n]')
     with pytest.raises(AnnotationError, match=r"grefs\(unc\)\.json is not valid JSON: .* at line 2, column 15"):
-        read_grefcoco(root)
+        read(root)
 
 
 @pytest.mark.parametrize("text", ["[NaN]", "[" * 100_000, "\ud800"])
 def test_what_only_looks_like_json_is_refused(root: Path, text: str) -> None:
     (root / "grefs(unc).json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(AnnotationError, match="is not valid JSON"):
-        read_grefcoco(root)
+    with pytest.raises(AnnotationError, match=r"is not valid JSON|is nested too deeply"):
+        read(root)
 
 
 def test_the_wrong_outermost_type_is_refused(root: Path) -> None:
     write(root, {"refs": REFS}, INSTANCES)
     with pytest.raises(AnnotationError, match=r"grefs\(unc\)\.json must hold a list, holds an object"):
-        read_grefcoco(root)
+        read(root)
     write(root, REFS, [])
     with pytest.raises(AnnotationError, match=r"instances\.json must hold an object, holds a list"):
-        read_grefcoco(root)
-
-
-Change = Callable[[Any], object]
-
-
-def without(*path: Any) -> Change:
-    return lambda content: follow(content, path[:-1]).pop(path[-1])
-
-
-def having(value: Any, *path: Any) -> Change:
-    return lambda content: follow(content, path[:-1]).__setitem__(path[-1], value)
-
-
-def follow(content: Any, path: tuple[Any, ...]) -> Any:
-    for step in path:
-        content = content[step]
-    return content
+        read(root)
 
 
 REF_FAULTS: list[tuple[Change, str]] = [
@@ -307,9 +255,7 @@ REF_FAULTS: list[tuple[Change, str]] = [
     (having([1, -1], 0, "ann_id"), "item 0 (ref_id 203): ann_id -1 is not among the annotations"),
     (having(True, 0, "no_target"), "item 0 (ref_id 203): 'no_target' contradicts 'ann_id', which is [1]"),
     (having(False, 6, "no_target"), "item 6 (ref_id 209): 'no_target' contradicts 'ann_id', which is [-1]"),
-    (having(" \n", 0, "sentences", 0, "sent"), "sentences item 0 (sent_id 2030): the sentence is empty"),
-    (having(2031, 0, "sentences", 0, "sent_id"), "item 0 (ref_id 203): sent_id 2031 was there before"),
-    (having(REFS[0], 3), "item 3 (ref_id 203): sent_id 2030 was there before"),
+    (having(" \n", 0, "sentences", 0, "sent"), "sentences item 0 (sent_id 2030): 'sent' is empty"),
     (having({"kind": 1}, 0, "tags"), "item 0 (ref_id 203): 'tags' must map texts to texts"),
     (having({"targets": "all"}, 0, "tags"), "item 0 (ref_id 203): 'tags' must not set targets"),
 ]
@@ -321,39 +267,27 @@ def test_a_faulty_ref_is_named_by_position_and_id(root: Path, change: Change, me
     change(refs)
     write(root, refs, INSTANCES)
     with pytest.raises(AnnotationError) as caught:
-        read_grefcoco(root)
+        read(root)
     assert message in str(caught.value)
     assert str(root / "grefs(unc).json") in str(caught.value)
 
 
-INSTANCE_FAULTS: list[tuple[Change, str]] = [
-    (without("images"), "'images' is missing"),
-    (without("annotations"), "'annotations' is missing"),
-    (without("categories"), "'categories' is missing"),
-    (without("images", 1, "height"), "images item 1 (id 909): 'height' is missing"),
-    (having(40.5, "images", 1, "height"), "images item 1 (id 909): 'height' must be a whole number, is a number"),
-    (having(0, "images", 1, "width"), "images item 1 (id 909): a size of 60 x 0 pixels (height x width)"),
-    (having(10**12, "images", 1, "width"), "images item 1 (id 909): a size of 60 x 1000000000000 pixels"),
-    (having(581857, "images", 1, "id"), "images item 1 (id 581857): another image has this id"),
-    (without("annotations", 0, "image_id"), "annotations item 0 (id 1): 'image_id' is missing"),
-    (without("annotations", 0, "segmentation"), "annotations item 0 (id 1): 'segmentation' is missing"),
-    (having("x", "annotations", 0, "segmentation"), "annotations item 0 (id 1): 'segmentation' must be a list"),
-    (having(2, "annotations", 0, "id"), "annotations item 1 (id 2): another annotation has this id"),
-    (having(5, "annotations", 0, "category_id"), "annotations item 0 (id 1): category_id 5 is not among"),
-    (having(CAT, "categories", 1, "id"), "categories item 1 (id 17): another category has this id"),
-    (without("categories", 1, "name"), "categories item 1 (id 18): 'name' is missing"),
-]
+@pytest.mark.parametrize(("change", "message"), REF_FAULTS, ids=[message for _, message in REF_FAULTS])
+def test_only_what_is_sound_gives_samples(root: Path, change: Change, message: str) -> None:
+    sound = read(root)
+    refs = copy.deepcopy(REFS)
+    change(refs)
+    write(root, refs, INSTANCES)
+    found = {sample.id: sample for sample in read_grefcoco(Source(root)).samples}
+    assert set(found) < set(sound)
+    assert all(found[sample_id] == sound[sample_id] for sample_id in found)
 
 
-@pytest.mark.parametrize(("change", "message"), INSTANCE_FAULTS, ids=[message for _, message in INSTANCE_FAULTS])
-def test_a_faulty_image_annotation_or_category_is_named(root: Path, change: Change, message: str) -> None:
-    instances = copy.deepcopy(INSTANCES)
-    change(instances)
-    write(root, REFS, instances)
-    with pytest.raises(AnnotationError) as caught:
-        read_grefcoco(root)
-    assert message in str(caught.value)
-    assert str(root / "instances.json") in str(caught.value)
+def test_a_faulty_list_of_instances_is_named(root: Path) -> None:
+    for name in ("images", "annotations", "categories"):
+        write(root, REFS, {key: value for key, value in INSTANCES.items() if key != name})
+        with pytest.raises(AnnotationError, match=rf"instances\.json has 1 fault: '{name}' is missing"):
+            read(root)
 
 
 BAD_SEGMENTATIONS: list[tuple[Any, str]] = [
@@ -377,16 +311,15 @@ BAD_SEGMENTATIONS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("segmentation", "message"), BAD_SEGMENTATIONS)
-def test_a_bad_segmentation_is_a_fault_of_the_first_ref_that_names_it(
-    root: Path, segmentation: Any, message: str
-) -> None:
+def test_a_bad_segmentation_is_a_fault_of_every_ref_that_names_it(root: Path, segmentation: Any, message: str) -> None:
     instances = copy.deepcopy(INSTANCES)
     instances["annotations"][0]["segmentation"] = segmentation
     write(root, REFS, instances)
     with pytest.raises(AnnotationError) as caught:
-        read_grefcoco(root)
-    assert "has 1 fault: item 0 (ref_id 203): the segmentation of ann_id 1 is bad: " in str(caught.value)
+        read(root)
+    assert "has 2 faults: item 0 (ref_id 203): the segmentation of ann_id 1 is bad: " in str(caught.value)
     assert message in str(caught.value)
+    assert "; item 1 (ref_id 204): the segmentation of ann_id 1 is bad, as said before." in str(caught.value)
 
 
 def test_a_bad_segmentation_that_no_ref_names_does_no_harm(root: Path) -> None:
@@ -400,25 +333,41 @@ def test_all_faults_are_counted_and_the_first_ten_are_shown(root: Path) -> None:
     refs = [{**ref(number, [1], "a cat"), "image_id": 5, "split": None} for number in range(6)]
     write(root, refs, INSTANCES)
     with pytest.raises(AnnotationError) as caught:
-        read_grefcoco(root)
+        read(root)
     assert str(caught.value).count("'split' must be a text") == 6
     refs = [{**ref(number, [1], "a cat"), "image_id": 5} for number in range(13)]
     write(root, refs, INSTANCES)
-    with pytest.raises(AnnotationError, match=r"has 13 faults: .*; and 3 more\. Mend or drop these items") as caught:
-        read_grefcoco(root)
+    with pytest.raises(AnnotationError, match=r"has 13 faults: .*; and 3 more\. Mend these items") as caught:
+        read(root)
     assert str(caught.value).count("image_id 5 is not among the images") == 10
 
 
 def test_several_faults_of_one_ref_are_all_told(root: Path) -> None:
     write(root, [{"ref_id": 1}], INSTANCES)
     with pytest.raises(AnnotationError, match=r"has 4 faults: .*'image_id'.*'split'.*'ann_id'.*'sentences'"):
-        read_grefcoco(root)
+        read(root)
 
 
-def test_faults_are_found_before_the_first_sample_is_asked_for(root: Path) -> None:
+def test_faults_of_refs_are_noted_while_the_samples_are_gone_through(root: Path) -> None:
     write(root, [*REFS, ref(300, [99], "nothing")], INSTANCES)
-    with pytest.raises(AnnotationError):
-        read_grefcoco(root)
+    source = Source(root)
+    samples = read_grefcoco(source).samples
+    assert next(samples).id == "203:2030"
+    assert not source.faults.num_faults
+    assert len(list(samples)) == 7
+    assert source.faults.num_faults == 1
+
+
+def test_prepare_raises_the_faults_or_leaves_their_items_out(root: Path, tmp_path: Path) -> None:
+    write(root, [*REFS, ref(300, [99], "nothing")], INSTANCES)
+    config = PrepareConfig("grefcoco", root, tmp_path / "stores")
+    with pytest.raises(AnnotationError, match=r"has 1 fault: item 8 \(ref_id 300\): ann_id 99 is not .*--skip-bad"):
+        prepare(config)
+    assert not (tmp_path / "stores").exists()
+    prepared = prepare(PrepareConfig("grefcoco", root, tmp_path / "stores", skip_bad=True))
+    samples = open_samples(prepared.path).samples
+    assert len(samples) == 8
+    assert samples.no_target.sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -429,7 +378,7 @@ def test_a_file_name_that_leads_out_of_the_image_folder_is_refused(root: Path, f
     instances["images"][0]["file_name"] = file_name
     write(root, REFS, instances)
     with pytest.raises(AnnotationError, match=r"images item 0 \(id 581857\): .* does not lie inside the image folder"):
-        read_grefcoco(root)
+        read(root)
 
 
 def test_a_link_that_leads_out_of_the_image_folder_is_refused(root: Path) -> None:
@@ -439,7 +388,7 @@ def test_a_link_that_leads_out_of_the_image_folder_is_refused(root: Path) -> Non
     instances["images"][0]["file_name"] = "link.jpg"
     write(root, REFS, instances)
     with pytest.raises(AnnotationError, match="does not lie inside the image folder"):
-        read_grefcoco(root)
+        read(root)
 
 
 def test_the_image_folder_itself_may_be_a_link_and_images_may_lie_in_folders_below(root: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
+import struct
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import pytest
@@ -19,9 +25,10 @@ from cache_schema.masks import decode_mask, empty_mask, encode_mask
 from cache_schema.samples import open_samples
 from cache_schema.store import open_store
 from extract.datasets import DATASETS
-from extract.datasets.records import Dataset, SampleRecord
+from extract.datasets.faults import AnnotationError
+from extract.datasets.records import Counted, Dataset, DatasetReader, SampleRecord, Source
 from extract.datasets.scenes import open_scenes
-from extract.prepare import PrepareConfig, prepare
+from extract.prepare import PrepareConfig, check, prepare
 
 SIZE = (6, 8)
 TARGET = encode_mask(np.eye(*SIZE) > 0)
@@ -83,17 +90,32 @@ def record(number: int, **changes: object) -> SampleRecord:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[SampleRecord]], PrepareConfig]:
+class Offer(Protocol):
     """Offers records as the dataset "mine", whose image folder holds 1.png and 2.png."""
+
+    def __call__(
+        self,
+        records: Sequence[SampleRecord],
+        published: Mapping[str, int] = ...,
+        counted: Counted = ...,
+        classes: tuple[str, ...] = ...,
+    ) -> PrepareConfig: ...
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
     root = make_grefcoco(tmp_path / "mine")
 
-    def offered(records: list[SampleRecord]) -> PrepareConfig:
-        def read(root: Path) -> Dataset:
-            samples: Iterator[SampleRecord] = iter(records)
-            return Dataset("mine", root / "images", (root / "instances.json",), samples)
+    def offered(
+        records: Sequence[SampleRecord],
+        published: Mapping[str, int] = MappingProxyType({}),
+        counted: Counted = "samples",
+        classes: tuple[str, ...] = (),
+    ) -> PrepareConfig:
+        def read(source: Source) -> Dataset:
+            return Dataset("mine", source.root / "images", (source.root / "instances.json",), iter(records), classes)
 
-        monkeypatch.setitem(DATASETS, "mine", read)
+        monkeypatch.setitem(DATASETS, "mine", DatasetReader(read, "whatever it likes", published, counted))
         return PrepareConfig("mine", root, tmp_path / "stores")
 
     return offered
@@ -104,7 +126,7 @@ def test_every_sample_of_the_scenes_is_in_the_store(scenes_root: Path, samples_p
     samples = store.samples
     assert store.dataset == "scenes"
     assert store.image_dir.resolve() == (scenes_root / "images").resolve()
-    records = list(open_scenes(scenes_root).samples)
+    records = list(open_scenes(Source(scenes_root)).samples)
     assert len(records) == len(samples)
     for row, expected in enumerate(records):
         image, prompt = samples.image_rows[row], samples.prompt_rows[row]
@@ -140,8 +162,8 @@ def test_a_copy_of_grefcoco_is_prepared(tmp_path: Path) -> None:
     assert samples.image_rows.tolist() == [0, 0, 1]
     assert list(samples.targets) == [TARGET, TARGET, empty_mask(SIZE)]
     assert samples.no_target.tolist() == [False, False, True]
-    assert (prepared.num_images, prepared.num_prompts, prepared.num_samples) == (2, 2, 3)
-    assert prepared.num_samples_of_split == {"train": 1, "val": 2}
+    assert (prepared.counts.num_images, prepared.counts.num_prompts, prepared.counts.num_samples) == (2, 2, 3)
+    assert prepared.counts.num_samples_of_split == {"train": 1, "val": 2}
     sources = open_store(prepared.path).header.identity["sources"]
     assert sources == {name: digest_file(root / name) for name in ("grefs(unc).json", "instances.json")}
 
@@ -161,8 +183,8 @@ def test_counts_of_the_summary_are_those_of_the_samples(scenes_root: Path, sampl
     prepared = prepare(PrepareConfig("scenes", scenes_root, samples_path.parent))
     samples = open_samples(samples_path).samples
     assert prepared.reused
-    assert prepared.num_samples_of_split == Counter(samples.splits)
-    assert prepared.num_samples == len(samples)
+    assert prepared.counts.num_samples_of_split == Counter(samples.splits)
+    assert prepared.counts.num_samples == len(samples)
 
 
 def test_the_same_dataset_elsewhere_is_the_same_store(tmp_path: Path) -> None:
@@ -202,7 +224,7 @@ def test_the_store_holds_no_absolute_path_and_moves_with_its_dataset(tmp_path: P
 
 
 def test_a_dataset_that_is_not_known_is_met_with_those_that_are(tmp_path: Path) -> None:
-    complaint = r"unknown dataset 'grefcocco': did you mean 'grefcoco'\? Known: grefcoco, scenes\."
+    complaint = r"unknown dataset 'grefcocco': did you mean 'grefcoco'\? Known: .*grefcoco, .*scenes"
     with pytest.raises(UsageError, match=complaint):
         prepare(PrepareConfig("grefcocco", tmp_path, tmp_path / "stores"))
 
@@ -214,9 +236,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, dataset: str) -> No
     assert not (tmp_path / "stores").exists()
 
 
-def test_every_missing_image_is_named_at_once_and_nothing_is_written(
-    offer: Callable[[list[SampleRecord]], PrepareConfig],
-) -> None:
+def test_every_missing_image_is_named_at_once_and_nothing_is_written(offer: Offer) -> None:
     config = offer([record(n, image_id=f"image {n}", image_path=f"{n}.png") for n in range(4)])
     with pytest.raises(UsageError) as caught:
         prepare(config)
@@ -230,20 +250,188 @@ def test_a_folder_without_any_of_the_images_is_said_in_one_sentence(tmp_path: Pa
     root = make_grefcoco(tmp_path / "grefcoco")
     for name in ("1.png", "2.png"):
         (root / "images" / name).unlink()
-    complaint = r"images holds none of the images, not even '2.png'\. Name the folder that holds them\.$"
+    complaint = r"images holds none of the images, not even '2.png'\. Name their folder: --image-dir\.$"
     with pytest.raises(UsageError, match=complaint):
         prepare(PrepareConfig("grefcoco", root, tmp_path / "stores"))
     assert not (tmp_path / "stores").exists()
 
 
-def test_a_dataset_without_a_sample_is_refused(offer: Callable[[list[SampleRecord]], PrepareConfig]) -> None:
+def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
+    root = make_grefcoco(tmp_path / "grefcoco")
+    (root / "images").rename(tmp_path / "pictures")
+    prepared = prepare(PrepareConfig("grefcoco", root, tmp_path / "stores", image_dir=tmp_path / "pictures"))
+    assert open_samples(prepared.path).image_dir.resolve() == (tmp_path / "pictures").resolve()
+
+
+def test_a_dataset_without_a_sample_is_refused(offer: Offer) -> None:
     with pytest.raises(UsageError, match=r"mine at .*mine holds no sample: its annotation files are empty"):
         prepare(offer([]))
 
 
-def test_rows_come_in_the_order_of_their_first_sample(
-    offer: Callable[[list[SampleRecord]], PrepareConfig],
+FLAWS: dict[str, tuple[dict[str, object], str]] = {
+    "an image that is missing": ({"image_id": "9", "image_path": "9.png"}, r"image 9: 9\.png is missing"),
+    "an image that is none": (
+        {"image_id": "text", "image_path": "text.png"},
+        r"image text: text\.png: not an image file",
+    ),
+    "an image cut off in its header": ({"image_id": "cut", "image_path": "cut.png"}, r"image cut: cut\.png: "),
+    "an image of another size": (
+        {"image_id": "2", "image_path": "2.png", "image_size": (8, 6)},
+        r"image 2: 2\.png has 6 x 8 pixels \(height x width\), its annotations say 8 x 6",
+    ),
+    "an image of two sizes": ({"image_size": (8, 6)}, r"sample 1: its image one had another path or size before"),
+    "an image at two places": ({"image_path": "2.png"}, r"sample 1: its image one had another path or size before"),
+    "an image outside the folder": (
+        {"image_id": "outside", "image_path": "../instances.json"},
+        r"image outside: '\.\./instances\.json' does not lie inside the image folder",
+    ),
+    "an image behind a link": (
+        {"image_id": "link", "image_path": "link.png"},
+        r"image link: 'link\.png' does not lie inside the image folder",
+    ),
+    "an image of too many pixels": (
+        {"image_id": "bomb", "image_path": "bomb.png", "image_size": (40000, 40000)},
+        r"image bomb: bomb\.png: .*more than 150000000",
+    ),
+    "an id that was there before": ({"id": "0"}, r"sample 0: another sample has this id"),
+    "an empty mask": ({"target": empty_mask(SIZE)}, r"sample 1: its mask has no pixel"),
+}
+
+
+def spoil(root: Path) -> None:
+    """Put files into the image folder that are no usable images of it."""
+    images, whole = root / "images", io.BytesIO()
+    Image.new("RGB", SIZE[::-1]).save(whole, "PNG")
+    (images / "text.png").write_text("this is no picture")
+    (images / "cut.png").write_bytes(whole.getvalue()[:20])
+    outside = root.parent / "outside.png"
+    outside.write_bytes(whole.getvalue())
+    (images / "link.png").symlink_to(outside)
+    header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (images / "bomb.png").write_bytes(bomb + whole.getvalue()[33:])
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_sample_with_a_fault_stops_everything(offer: Offer, flaw: str) -> None:
+    changes, complaint = FLAWS[flaw]
+    config = offer([record(0), record(1, **changes), record(2)])
+    spoil(config.root)
+    with pytest.raises(AnnotationError, match=complaint):
+        prepare(config)
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_sample_with_a_fault_is_left_out_on_demand(offer: Offer, flaw: str) -> None:
+    changes, complaint = FLAWS[flaw]
+    config = replace(offer([record(0), record(1, **changes), record(2)]), skip_bad=True)
+    spoil(config.root)
+    prepared = prepare(config)
+    assert open_samples(prepared.path).samples.ids == ["0", "2"]
+    (fault,) = prepared.faults.faults
+    assert re.match(complaint, str(fault))
+    assert fault.source == str(config.root / "images")
+    assert re.search(rf"^LEFT OUT, with 1 faults?: .*{complaint}", prepared.summary(), re.MULTILINE)
+    assert prepared.to_dict()["faults"] == [fault.to_dict()]
+    assert open_store(prepared.path).header.recorded["num_faults"] == 1
+
+
+def test_what_is_left_out_is_no_part_of_what_is_kept(offer: Offer) -> None:
+    flawed = offer([record(0), record(1, id="0")])
+    prepared = prepare(replace(flawed, skip_bad=True))
+    assert prepare(replace(offer([record(0)]), out=flawed.out)).path == prepared.path
+
+
+def test_an_image_that_many_samples_share_is_one_fault(offer: Offer) -> None:
+    records = [record(n, image_id="9", image_path="9.png") for n in range(5)]
+    counts, faults = check(offer([*records, record(5)]))
+    assert faults.num_faults == 1
+    assert counts.num_samples == 1
+
+
+def test_a_dataset_of_faults_alone_is_refused_even_where_they_may_be_left_out(offer: Offer) -> None:
+    config = replace(offer([record(0, image_path="9.png")]), skip_bad=True)
+    with pytest.raises(
+        UsageError, match=r"holds no sample: nothing is left: .*images has 1 fault: .*9\.png is missing"
+    ):
+        prepare(config)
+    assert not config.out.exists()
+
+
+def test_a_prompt_without_a_target_may_have_an_empty_mask(offer: Offer) -> None:
+    samples = open_samples(prepare(offer([record(0, target=empty_mask(SIZE), no_target=True)])).path).samples
+    assert samples.no_target.tolist() == [True]
+
+
+def test_samples_without_masks_are_kept_without(offer: Offer) -> None:
+    samples = open_samples(prepare(offer([record(0, target=None), record(1)])).path).samples
+    assert list(samples.targets) == [b"", TARGET]
+    with pytest.raises(UsageError, match="sample 0 has no mask"):
+        samples.target(0)
+
+
+def test_pixels_that_nobody_labelled_and_classes_are_kept(offer: Offer) -> None:
+    unlabelled = np.zeros(SIZE, np.bool_)
+    unlabelled[:, 5:] = True
+    config = offer([record(0, ignored=encode_mask(unlabelled)), record(1)], classes=("line", "dot"))
+    samples = open_samples(prepare(config).path).samples
+    np.testing.assert_array_equal(samples.ignored_pixels(0), unlabelled)
+    assert samples.ignored_pixels(1) is None
+    assert samples.classes == ("line", "dot")
+
+
+def test_checking_writes_nothing_and_knows_every_fault(offer: Offer) -> None:
+    config = offer([record(0), *(record(n, **changes) for n, (changes, _) in enumerate(FLAWS.values(), 1))])
+    spoil(config.root)
+    counts, report = check(config)
+    assert report.num_faults == len(FLAWS)
+    assert counts.num_samples_of_split == {"train": 1}
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("counted", "published", "differences"),
+    [
+        ("samples", {"train": 3, "val": 1}, []),
+        ("samples", {"train": 4, "val": 1}, ["split train has 3 samples, published are 4"]),
+        ("refs", {"train": 2, "val": 1}, []),
+        ("refs", {"train": 2, "val": 1, "test": 5}, ["split test has 0 refs, published are 5"]),
+        ("images", {"train": 1, "val": 1}, []),
+        ("images", {"train": 3, "val": 1}, ["split train has 1 images, published are 3"]),
+        ("images", {}, []),
+    ],
+)
+def test_counts_are_held_against_the_published_ones(
+    offer: Offer, counted: str, published: dict[str, int], differences: list[str]
 ) -> None:
+    records = [
+        record(0, ref_id="a"),
+        record(1, ref_id="a"),
+        record(2, ref_id="b"),
+        record(3, ref_id="c", split="val", image_id="two", image_path="2.png"),
+    ]
+    prepared = prepare(offer(records, published=published, counted=counted))
+    assert prepared.counts.differences == differences
+    assert prepared.counts.published == (published or None)
+    warned = f"NOT AS PUBLISHED: {'; '.join(differences)}" in prepared.summary()
+    assert warned == bool(differences)
+    assert prepared.to_dict()["differences"] == differences
+
+
+def test_more_samples_than_are_looked_at_together_stay_in_order(offer: Offer) -> None:
+    names = [("one", "1.png"), ("two", "2.png")]
+    records = [
+        record(n, image_id=names[n % 2][0], image_path=names[n % 2][1], prompt=f"prompt {n % 7}") for n in range(1300)
+    ]
+    samples = open_samples(prepare(offer(records)).path).samples
+    assert samples.ids == [str(n) for n in range(1300)]
+    assert [samples.prompts[row] for row in samples.prompt_rows] == [one.prompt for one in records]
+    assert samples.images.ids == ["one", "two"]
+
+
+def test_rows_come_in_the_order_of_their_first_sample(offer: Offer) -> None:
     records = [
         record(0, prompt="b"),
         record(1, prompt="a", image_id="two", image_path="2.png"),
@@ -257,14 +445,12 @@ def test_rows_come_in_the_order_of_their_first_sample(
     assert samples.prompt_rows.tolist() == [0, 1, 0]
 
 
-def test_a_tag_that_only_some_samples_have_is_none_for_the_others(
-    offer: Callable[[list[SampleRecord]], PrepareConfig],
-) -> None:
+def test_a_tag_that_only_some_samples_have_is_none_for_the_others(offer: Offer) -> None:
     records = [record(0, tags={"kind": "colour"}), record(1, tags={"category": "cat"}), record(2)]
     samples = open_samples(prepare(offer(records)).path).samples
     assert samples.tags == {"category": [None, "cat", None], "kind": ["colour", None, None]}
 
 
-def test_targets_stay_at_the_size_of_their_image(offer: Callable[[list[SampleRecord]], PrepareConfig]) -> None:
+def test_targets_stay_at_the_size_of_their_image(offer: Offer) -> None:
     samples = open_samples(prepare(offer([record(0)])).path).samples
     np.testing.assert_array_equal(samples.target(0), decode_mask(TARGET, SIZE))

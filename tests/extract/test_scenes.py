@@ -17,6 +17,7 @@ from cache_schema.errors import UsageError
 from cache_schema.masks import decode_mask
 from extract.datasets import DATASETS, scenes
 from extract.datasets.grefcoco import read_grefcoco
+from extract.datasets.records import Source
 from extract.datasets.scene_language import KINDS
 from extract.datasets.scene_objects import COLOURS, HALF_EXTENTS, SHAPES, TEXTURES, Scene, SceneObject, make_scene
 from extract.datasets.scenes import ScenesConfig, make_scenes, open_scenes
@@ -122,7 +123,7 @@ def test_every_prompt_means_exactly_the_objects_it_is_annotated_with(root: Path)
 
 
 def test_kinds_are_mixed_and_agree_with_the_number_of_targets(root: Path) -> None:
-    samples = list(open_scenes(root).samples)
+    samples = list(open_scenes(Source(root)).samples)
     counts = Counter(sample.tags["kind"] for sample in samples)
     assert counts.keys() == KINDS.keys()
     for kind, share in KINDS.items():
@@ -154,7 +155,7 @@ def test_most_relations_would_be_ambiguous_without_the_relation(root: Path) -> N
 
 
 def test_no_prompt_is_said_twice_of_one_image_and_the_vocabulary_is_small(root: Path) -> None:
-    samples = list(open_scenes(root).samples)
+    samples = list(open_scenes(Source(root)).samples)
     assert len({(sample.image_id, sample.prompt) for sample in samples}) == len(samples)
     assert len({word for sample in samples for word in sample.prompt.split()}) < 60
 
@@ -212,7 +213,7 @@ def test_the_files_read_back_as_the_masks_that_were_drawn(root: Path) -> None:
     annotations = load(root, "instances.json")["annotations"]
     image_of = {annotation["id"]: annotation["image_id"] for annotation in annotations}
     first_id = {image_id: ann_id for ann_id, image_id in reversed(image_of.items())}
-    for sample in read_grefcoco(root).samples:
+    for sample in read_grefcoco(Source(root)).samples:
         scene = scene_of(int(sample.image_id) - 1)
         expected = np.zeros(scene.size, np.bool_)
         ref = refs[sample.id.split(":")[0]]
@@ -242,7 +243,7 @@ def test_images_are_the_scenes_and_annotations_measure_the_visible_parts(root: P
 
 def test_splits_divide_the_images_about_75_15_10(root: Path) -> None:
     split_of: dict[str, set[str]] = {}
-    for sample in DATASETS["scenes"](root).samples:
+    for sample in DATASETS["scenes"].read(Source(root)).samples:
         split_of.setdefault(sample.image_id, set()).add(sample.split)
     assert all(len(splits) == 1 for splits in split_of.values())
     assert Counter(min(splits) for splits in split_of.values()) == {"train": 45, "val": 9, "test": 6}
@@ -272,7 +273,7 @@ def test_a_larger_dataset_begins_with_the_smaller(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_each_image_has_as_many_prompts_as_asked_for(tmp_path: Path, count: int) -> None:
     root = make_scenes(ScenesConfig(tmp_path, num_images=4, prompts_per_image=count))
-    assert set(Counter(sample.image_id for sample in open_scenes(root).samples).values()) == {count}
+    assert set(Counter(sample.image_id for sample in open_scenes(Source(root)).samples).values()) == {count}
 
 
 def test_a_complete_dataset_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +304,7 @@ def test_a_killed_run_starts_again_and_leaves_nothing_that_passes_for_whole(
             make_scenes(config)
     assert not (tmp_path / "killed" / "scenes.json").exists()
     with pytest.raises(UsageError, match="is missing"):
-        open_scenes(tmp_path / "killed")
+        open_scenes(Source(tmp_path / "killed"))
     whole = files_of(make_scenes(ScenesConfig(tmp_path / "whole", num_images=4)))
     assert files_of(make_scenes(config)) == whole
 

@@ -29,7 +29,18 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["demo"], ["prepare"], ["extract"], ["train"], ["evaluate"], ["predict"], ["cache"], ["cache", "info"]],
+    [
+        [],
+        ["demo"],
+        ["prepare"],
+        ["datasets"],
+        ["extract"],
+        ["train"],
+        ["evaluate"],
+        ["predict"],
+        ["cache"],
+        ["cache", "info"],
+    ],
 )
 def test_every_command_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*command, "--help"]) == cli.DONE
@@ -45,7 +56,11 @@ def test_arguments_that_do_not_parse_are_the_users_mistake(arguments: list[str])
     ("arguments", "sentence"),
     [
         (["prepare", "grefcoc", "{tmp}"], "unknown dataset 'grefcoc': did you mean 'grefcoco'"),
-        (["prepare", "grefcoco", "{tmp}/nowhere"], r"grefs\(unc\).json is missing"),
+        (
+            ["prepare", "grefcoco", "{tmp}/nowhere"],
+            r"no folder at .*nowhere; name the one that holds grefs\(unc\).json",
+        ),
+        (["prepare", "grefcoco", "{tmp}"], r"grefs\(unc\).json is missing"),
         (["prepare", "grefcoco", "{tmp}", "--make", "5"], "only scenes can be made"),
         (["extract", "{tmp}/nowhere"], "no folder at"),
         (
