@@ -50,10 +50,13 @@ def feature_shapes(cache: FeatureCache) -> FeatureShapes:
     for layer in cache.images.layers:
         _, height, width, channels = cache.images.features(layer).shape
         grids[layer] = (height, width, channels)
+    images = cache.images
     return FeatureShapes(
         grids=grids,
         token_width=cache.prompts.store.layouts["tokens"].shape[1],
         pooled_width=cache.prompts.store.layouts["pooled"].shape[1],
+        cls_widths={layer: images.cls(layer).shape[1] for layer in images.cls_layers},
+        attention={name: images.attention(name).shape[1:] for name in images.attention_outputs},
     )
 
 
@@ -93,6 +96,7 @@ class CachedSplit:
         target_size: (H, W) at which targets are kept, bit-packed, decoded from their run lengths once; None for a
             split whose targets nobody asks for.
         layers: layers to load; by default all that were cached.
+        attention: attention outputs to load.
         residency: `"device"` keeps every feature on `device`, `"ram"` in memory, `"disk"` reads at each batch; `"auto"`
             takes the first of them where the features fill at most half of what is free. Same order and same values
             in each.
@@ -112,6 +116,7 @@ class CachedSplit:
         residency: Residency = "auto",
         device: torch.device | str = "cpu",
         all_views: bool = False,
+        attention: Sequence[str] = (),
     ) -> None:
         layers = tuple(cache.images.layers if layers is None else layers)
         _require_layers(cache, layers)
@@ -133,7 +138,7 @@ class CachedSplit:
         self._tokens = torch.from_numpy(cache.prompts.tokens())
         self._pooled = torch.from_numpy(cache.prompts.pooled())
         rows = np.unique(self._image_of[:, None] + np.arange(self._num_views))
-        self._arrays = _Arrays(cache, layers, rows, residency, torch.device(device))
+        self._arrays = _Arrays(cache, layers, attention, rows, residency, torch.device(device))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -196,6 +201,7 @@ class CachedSplit:
             prompt_mask=mask,
             pooled=self._pooled[prompts],
             image_index=torch.from_numpy(image_index),
+            attention=self._arrays.load("attention", rows),
         )
         return Batch(inputs, self._unpack_targets(places, draw.views), draw.samples)
 
@@ -220,6 +226,7 @@ class _Arrays:
         self,
         cache: FeatureCache,
         layers: Sequence[str],
+        attention: Sequence[str],
         rows: NDArray[np.int64],
         residency: Residency,
         device: torch.device,
@@ -230,6 +237,7 @@ class _Arrays:
             "features": {layer: images.features(layer) for layer in layers},
             "scale": {layer: reader for layer, reader in scales.items() if reader is not None},
             "cls": {layer: images.cls(layer) for layer in layers if layer in images.cls_layers},
+            "attention": {name: images.attention(name) for name in attention},
         }
         readers = [reader for kind in self._readers.values() for reader in kind.values()]
         needed_bytes = sum(len(rows) * reader.layout.row_bytes for reader in readers)
@@ -246,7 +254,7 @@ class _Arrays:
                 reader.close()
 
     def load(self, kind: str, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Rows of every layer's array of one kind (features, scale or cls)."""
+        """Rows of every array of one kind (features, scale or cls by layer, attention by name)."""
         if self.residency == "disk":
             return {layer: _read(reader, rows, self._pinned) for layer, reader in self._readers[kind].items()}
         places = torch.from_numpy(self._place_of_row[rows])
