@@ -30,7 +30,8 @@ from cache_schema.masks import encode_mask
 from cache_schema.ragged import offsets_of
 from cache_schema.samples import ImageTable, Samples, digest_array, string_arrays, write_samples
 from cache_schema.store import Commits, StaticArray, StoreHeader, StoreWriter
-from heads.train import TrainConfig, train
+from heads.train import train
+from heads.train_config import TrainConfig
 
 LIBRARIES = (Library("torch", "torch"), Library("numpy", "numpy"), Library("awscrt", "awscrt"))
 HEADS = {"linear": "train", "cross_attention": "few"}

@@ -37,7 +37,7 @@ from extract.job import pick_device
 from heads.checkpoint import load_head
 from heads.data import CachedSplit, Draw, prefetch
 from heads.inputs import Head
-from heads.train import read_run_config
+from heads.runs import read_run_config
 
 BATCH_SIZE = 64
 _EXAMPLES_OF_GROUP = 4
@@ -160,15 +160,22 @@ def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Proto
     head = head.to(pick_device())
     _check_same_encoders(run_dir, cache)
     samples = cache.samples.samples
-    data = CachedSplit(cache, split, None, head.layers, device=pick_device())
+    data = CachedSplit(cache, split, None, head.layers, device=pick_device(), attention=head.attention)
     state: State = ()
     rows = []
     bar = tqdm(total=len(data), desc=f"evaluating {spec.head} on {split}", unit="prompt")
-    for row, mask in predict_masks(head, cache, data, data.in_order(BATCH_SIZE), protocol):
-        truth, ignored = samples.target(row), samples.ignored_pixels(row)
+    for row, predicted in predict_masks(head, cache, data, data.in_order(BATCH_SIZE), protocol):
+        mask, truth, ignored = predicted.mask, samples.target(row), samples.ignored_pixels(row)
         if ignored is not None:
             mask, truth = mask & ~ignored, truth & ~ignored
-        state = update(state, score_mask(mask, truth, no_target=samples.no_target[row], protocol=protocol))
+        scores = score_mask(
+            mask,
+            truth,
+            no_target=samples.no_target[row],
+            predicted_no_target=predicted.no_target,
+            protocol=protocol,
+        )
+        state = update(state, scores)
         rows.append(row)
         bar.update()
     bar.close()
@@ -183,25 +190,43 @@ def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Proto
     )
 
 
+@dataclass(frozen=True)
+class PredictedMask:
+    """What a head says of one sample: a mask, and where it has them its no-target decision and the IoU it expects."""
+
+    mask: Bool[np.ndarray, "h w"]
+    no_target: bool | None = None
+    iou: float | None = None
+
+
 def predict_masks(
     head: Head,
     cache: FeatureCache,
     data: CachedSplit,
     batches: Sequence[Draw],
     protocol: Protocol = ORIGINAL_SIZE,
-) -> Iterator[tuple[int, Bool[np.ndarray, "h w"]]]:
-    """Each sample's row and the head's mask for it, (H, W) at the image's original size.
+) -> Iterator[tuple[int, PredictedMask]]:
+    """Each sample's row and what the head says of it, the mask (H, W) at the image's original size.
 
     A head says nothing of what the view of an image does not show; it is not marked.
     """
     device, samples = next(head.parameters()).device, cache.samples.samples
     for draw, batch in zip(batches, prefetch(data.load(draw) for draw in batches), strict=True):
         with torch.inference_mode():
-            logits = head(batch.inputs.to(device)).mask_logits
+            outputs = head(batch.inputs.to(device))
+        absent, ious = outputs.no_target_logits, outputs.iou
         views = cache.image_rows[samples.image_rows[draw.samples]] + draw.views
-        for row, view, prompt_logits in zip(draw.samples.tolist(), views.tolist(), logits, strict=True):
-            probability = probabilities_in_image(prompt_logits[None], cache.images.views[view], samples.size_of(row))
-            yield row, protocol.binarize(probability[0])
+        for place, (row, view) in enumerate(zip(draw.samples.tolist(), views.tolist(), strict=True)):
+            logits = outputs.mask_logits[place : place + 1]
+            probability = probabilities_in_image(logits, cache.images.views[view], samples.size_of(row))
+            yield (
+                row,
+                PredictedMask(
+                    protocol.binarize(probability[0]),
+                    None if absent is None else bool(absent[place] > 0),
+                    None if ious is None else float(ious[place]),
+                ),
+            )
 
 
 def _check_same_encoders(run_dir: Path, cache: FeatureCache) -> None:
@@ -238,7 +263,7 @@ def _examples(evaluation: Evaluation, cache: FeatureCache, split: str, protocol:
                 chosen.append((place, group))
                 taken += 1
     head = evaluation.head
-    data = CachedSplit(cache, split, None, head.layers, residency="disk")
+    data = CachedSplit(cache, split, None, head.layers, residency="disk", attention=head.attention)
     rows = evaluation.samples[[place for place, _ in chosen]]
     masks = dict(predict_masks(head, cache, data, [Draw.whole(rows)], protocol)) if len(rows) else {}
     for place, group in chosen:
@@ -250,7 +275,7 @@ def _examples(evaluation: Evaluation, cache: FeatureCache, split: str, protocol:
         yield Example(
             image=open_image(path),
             truth=samples.target(row),
-            predicted=masks[row],
+            predicted=masks[row].mask,
             prompt=samples.prompts[samples.prompt_rows[row]],
             iou=float(evaluation.scores.iou[place]),
             group=group,

@@ -142,6 +142,7 @@ class Predictor:
             prompt_mask=text.mask,
             pooled=_as_cached(text.pooled, self._text_dtype),
             image_index=torch.zeros(len(prompts), dtype=torch.long),
+            attention={name: _as_cached(said, cls_dtype) for name, said in encoding.attention.items()},
         )
         logits = self._head(inputs.to(next(self._head.parameters()).device)).mask_logits
         probabilities = probabilities_in_image(logits, self._seen.view, self._seen.size)

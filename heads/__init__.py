@@ -7,13 +7,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cache_schema.errors import UsageError, unknown_name
+from heads.bidirectional import build_bidirectional
+from heads.clipseg import build_clipseg
 from heads.cross_attention import build_cross_attention
+from heads.film import build_film
 from heads.inputs import FeatureShapes, Head
 from heads.linear import build_linear
+from heads.talk2dino import build_talk2dino
+from heads.two_way import build_two_way
 
 HEADS: dict[str, Callable[..., Head]] = {
     "linear": build_linear,
     "cross_attention": build_cross_attention,
+    "film": build_film,
+    "clipseg": build_clipseg,
+    "two_way": build_two_way,
+    "bidirectional": build_bidirectional,
+    "talk2dino": build_talk2dino,
 }
 """Every head by name. A builder takes `FeatureShapes` and plain keyword arguments."""
 

@@ -16,6 +16,9 @@ from cache_schema.errors import UsageError
 from heads import build_head
 from heads.inputs import FeatureShapes, Head
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""The files of a head."""
+
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -25,8 +28,17 @@ class HeadSpec:
     arguments: Mapping[str, Any]
     shapes: FeatureShapes
 
-    def build(self) -> Head:
-        return build_head(self.head, self.shapes, self.arguments)
+    def build(self, *, fresh: bool = True) -> Head:
+        """The head, with weights of its own making.
+
+        Args:
+            fresh: whether it is about to learn. Another checkpoint that its arguments name as `initial` is read for
+                that alone; a head whose weights are loaded anyway does without it.
+        """
+        arguments = (
+            self.arguments if fresh else {**self.arguments, **dict.fromkeys({"initial"} & self.arguments.keys())}
+        )
+        return build_head(self.head, self.shapes, arguments)
 
     def to_dict(self) -> dict[str, Any]:
         return {"head": self.head, "arguments": dict(self.arguments), "shapes": self.shapes.to_dict()}
@@ -35,8 +47,8 @@ class HeadSpec:
 def save_head(folder: Path, spec: HeadSpec, head: Head) -> None:
     """Write a head's weights and config, each file whole or not at all."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-    atomic.write_json(folder / "config.json", spec.to_dict())
-    atomic.write_file(folder / "model.safetensors", save(weights))
+    atomic.write_json(folder / CONFIG, spec.to_dict())
+    atomic.write_file(folder / WEIGHTS, save(weights))
 
 
 def load_head(folder: Path) -> tuple[HeadSpec, Head]:
@@ -45,18 +57,18 @@ def load_head(folder: Path) -> tuple[HeadSpec, Head]:
     Raises:
         UsageError: the folder holds no head, or weights that do not fit it.
     """
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise UsageError(
             f"no head at {folder}: it needs config.json and model.safetensors. Name a run's best/ or last/."
         )
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads((folder / CONFIG).read_bytes())
         spec = HeadSpec(config["head"], config["arguments"], FeatureShapes.from_dict(config["shapes"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}/config.json does not describe a head ({error!r}).") from error
-    head = spec.build()
+    head = spec.build(fresh=False)
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{folder}/model.safetensors cannot be read ({error}); train the head again.") from error
     try:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from queue import Queue
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import psutil
@@ -29,6 +29,7 @@ from cache_schema.features import FeatureCache
 from cache_schema.masks import Size
 from cache_schema.reader import RowReader, default_threads
 from heads.inputs import FeatureShapes, StoredInputs
+from heads.losses import Targets
 
 Residency = Literal["device", "ram", "disk", "auto"]
 T = TypeVar("T")
@@ -82,21 +83,31 @@ class Draw:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets of b prompts; `samples` are their rows in the samples store. Targets are 0 x 0 unless kept."""
+    """Inputs and targets of b prompts; `samples` are their rows in the samples store.
+
+    `targets_at` has the targets at each (H, W) at which they are kept, `unmasked` all but their masks.
+    """
 
     inputs: StoredInputs
-    targets: Float[Tensor, "b h w"]
+    unmasked: Targets
+    targets_at: Mapping[Size, Targets]
     samples: NDArray[np.int64]
+
+    @property
+    def targets(self) -> Float[Tensor, "b h w"]:
+        """The masks at the only size at which they are kept; 0 x 0 if they are not."""
+        return next(iter(self.targets_at.values()), self.unmasked).masks
 
 
 class CachedSplit:
     """One split of a cache, ready to be drawn in batches.
 
     Args:
-        target_size: (H, W) at which targets are kept, bit-packed, decoded from their run lengths once; None for a
-            split whose targets nobody asks for.
+        target_size: (H, W) at which targets are kept, bit-packed, decoded from their run lengths once; several of
+            them, or None for a split whose targets nobody asks for.
         layers: layers to load; by default all that were cached.
         attention: attention outputs to load.
+        first: so many samples of the split at most, the first ones; None for all.
         residency: `"device"` keeps every feature on `device`, `"ram"` in memory, `"disk"` reads at each batch; `"auto"`
             takes the first of them where the features fill at most half of what is free. Same order and same values
             in each.
@@ -111,29 +122,33 @@ class CachedSplit:
         self,
         cache: FeatureCache,
         split: str,
-        target_size: Size | None,
+        target_size: Size | Sequence[Size] | None,
         layers: Sequence[str] | None = None,
         residency: Residency = "auto",
         device: torch.device | str = "cpu",
         all_views: bool = False,
         attention: Sequence[str] = (),
+        first: int | None = None,
     ) -> None:
         layers = tuple(cache.images.layers if layers is None else layers)
         _require_layers(cache, layers)
         samples = cache.samples.samples
-        self.samples = cache.usable_samples(split)
+        self.samples = cache.usable_samples(split)[:first]
         if not len(self.samples):
             raise UsageError(f"split {split!r} holds no sample whose image could be encoded; see the store's ledger.")
-        self.target_size = target_size
+        self.target_sizes = _sizes(target_size)
         self._place_of_sample = {sample: place for place, sample in enumerate(self.samples.tolist())}
         self._image_of = cache.image_rows[samples.image_rows[self.samples]]
         self._prompt_of = cache.prompt_rows[samples.prompt_rows[self.samples]]
         self._num_views = len(cache.images.fixed_specs) if all_views else 1
         self._allowed = _allowed_views(cache, self.samples, self._image_of, self._num_views)
-        self._targets = None
-        if target_size is not None:
+        if self.target_sizes:
             samples.require_masks(self.samples)
-            self._targets = _pack_targets(cache, self.samples, self._image_of, self._num_views, target_size, split)
+        self._no_target = torch.from_numpy(samples.no_target[self.samples])
+        self._targets = {
+            size: _PackedTargets(cache, self.samples, self._image_of, self._num_views, size, split)
+            for size in self.target_sizes
+        }
         self._offsets = torch.from_numpy(cache.prompts.offsets)
         self._tokens = torch.from_numpy(cache.prompts.tokens())
         self._pooled = torch.from_numpy(cache.prompts.pooled())
@@ -203,20 +218,21 @@ class CachedSplit:
             image_index=torch.from_numpy(image_index),
             attention=self._arrays.load("attention", rows),
         )
-        return Batch(inputs, self._unpack_targets(places, draw.views), draw.samples)
+        no_target = self._no_target[torch.from_numpy(places)]
+        unmasked = Targets(torch.empty(len(places), 0, 0), no_target, None, inputs.image_index)
+        targets_at = {
+            size: replace(unmasked, masks=masks, labelled=labelled)
+            for size, (masks, labelled) in (
+                (size, packed.unpack(places, draw.views)) for size, packed in self._targets.items()
+            )
+        }
+        return Batch(inputs, unmasked, targets_at, draw.samples)
 
     def _draw_views(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """(S,) the view of each sample's image in one epoch: one for all prompts of an image, where they allow it."""
         images, image_of = np.unique(self._image_of, return_inverse=True)
         drawn = np.random.default_rng([seed, epoch, 1]).integers(self._num_views, size=len(images))[image_of]
         return np.where(self._allowed[np.arange(len(drawn)), drawn], drawn, 0)
-
-    def _unpack_targets(self, places: NDArray[np.int64], views: NDArray[np.int64]) -> Tensor:
-        if self._targets is None or self.target_size is None:
-            return torch.empty(len(places), 0, 0)
-        height, width = self.target_size
-        bits = np.unpackbits(self._targets[places, views], axis=1, count=height * width)
-        return torch.from_numpy(bits).view(-1, height, width).float()
 
 
 class _Arrays:
@@ -313,34 +329,63 @@ def _allowed_views(
     return allowed
 
 
-def _pack_targets(
-    cache: FeatureCache,
-    rows: NDArray[np.int64],
-    image_of: NDArray[np.int64],
-    num_views: int,
-    size: Size,
-    split: str,
-) -> NDArray[np.uint8]:
-    """(S, K, ceil(h * w / 8)) bit-packed targets: a cell is set where the mask covers at least half of it.
+class _PackedTargets:
+    """Bit-packed masks of S samples in K views at one size: a cell is set where the mask covers at least half of it.
 
     A view that failed has none. It may have failed because it shows more pixels than there is memory for.
     """
-    samples, images = cache.samples.samples, cache.images
-    packed = np.zeros((len(rows), num_views, -(-size[0] * size[1] // 8)), np.uint8)
 
-    def pack(place: int) -> None:
-        mask = samples.target(int(rows[place]))
-        for view in np.flatnonzero(images.valid[image_of[place] : image_of[place] + num_views]):
-            seen = images.views[image_of[place] + view].apply_to_mask(mask)
-            cells = F.interpolate(torch.from_numpy(seen.astype(np.float32))[None, None], size=size, mode="area")
-            packed[place, view] = np.packbits(cells[0, 0].numpy() >= 0.5)
+    def __init__(
+        self,
+        cache: FeatureCache,
+        rows: NDArray[np.int64],
+        image_of: NDArray[np.int64],
+        num_views: int,
+        size: Size,
+        split: str,
+    ) -> None:
+        samples, images = cache.samples.samples, cache.images
+        self._size = size
+        shape = (len(rows), num_views, -(-size[0] * size[1] // 8))
+        self._masks = np.zeros(shape, np.uint8)
+        self._labelled = np.full(shape, 255, np.uint8) if any(samples.ignored) else None
 
-    with ThreadPoolExecutor(default_threads(), thread_name_prefix="targets") as pool:
-        shown = tqdm(total=len(rows), desc=f"packing {split} targets", unit="mask", mininterval=1, delay=1)
-        for _ in pool.map(pack, range(len(rows)), chunksize=64):
-            shown.update()
-        shown.close()
-    return packed
+        def pack(place: int) -> None:
+            mask, ignored = samples.target(int(rows[place])), samples.ignored_pixels(int(rows[place]))
+            for view in np.flatnonzero(images.valid[image_of[place] : image_of[place] + num_views]):
+                shown = images.views[image_of[place] + view]
+                self._masks[place, view] = _pack(shown.apply_to_mask(mask), size)
+                if ignored is not None:
+                    assert self._labelled is not None
+                    self._labelled[place, view] = ~_pack(shown.apply_to_mask(ignored), size)
+
+        with ThreadPoolExecutor(default_threads(), thread_name_prefix="targets") as pool:
+            bar = tqdm(total=len(rows), desc=f"packing {split} targets", unit="mask", mininterval=1, delay=1)
+            for _ in pool.map(pack, range(len(rows)), chunksize=64):
+                bar.update()
+            bar.close()
+
+    def unpack(self, places: NDArray[np.int64], views: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        """(b, h, w) masks and labelled cells of some samples, each in one view; None where all cells are labelled."""
+        labelled = None if self._labelled is None else self._unpack(self._labelled[places, views])
+        return self._unpack(self._masks[places, views]), labelled
+
+    def _unpack(self, packed: NDArray[np.uint8]) -> Tensor:
+        height, width = self._size
+        bits = np.unpackbits(packed, axis=1, count=height * width)
+        return torch.from_numpy(bits).view(-1, height, width).float()
+
+
+def _pack(mask: NDArray[np.bool_], size: Size) -> NDArray[np.uint8]:
+    cells = F.interpolate(torch.from_numpy(mask.astype(np.float32))[None, None], size=size, mode="area")
+    return np.packbits(cells[0, 0].numpy() >= 0.5)
+
+
+def _sizes(target_size: Size | Sequence[Size] | None) -> tuple[Size, ...]:
+    if target_size is None:
+        return ()
+    several: Any = [target_size] if target_size and isinstance(target_size[0], int) else target_size
+    return tuple(dict.fromkeys((int(height), int(width)) for height, width in several))
 
 
 def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:

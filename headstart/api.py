@@ -14,10 +14,11 @@ from evaluate.predictor import Predictor
 from extract.job import pick_device
 from heads.checkpoint import load_head
 from heads.data import Residency
-from heads.train import TrainConfig, Training, read_run_config, run_name
-from heads.train import train as train_head
+from heads.runs import Training, read_run_config, run_name
+from heads.train import TrainRequest, train_together
+from heads.train_config import TrainConfig
 from headstart.encoders import UNTRAINED_NOTE, load_recorded_encoders, record_encoders
-from headstart.recipes import make_config
+from headstart.recipes import make_configs
 from headstart.stores import StorePaths, find_stores, record_stores, stores_of_run
 
 RunLike = Training | Path | str
@@ -53,6 +54,7 @@ def train(
     *,
     settings: Mapping[str, Any] | None = None,
     residency: Residency = "auto",
+    trackers: Sequence[str] = ("tensorboard",),
 ) -> Training:
     """Train a head by a recipe's name, or by a config of your own, in a folder under `runs` named after its settings.
 
@@ -62,16 +64,40 @@ def train(
     Raises:
         UsageError: the recipe or a setting is unknown.
     """
-    if isinstance(recipe, str):
-        config = make_config(recipe, settings)
-    elif settings:
-        raise UsageError("settings replace values of a named recipe; a TrainConfig already has its own.")
-    else:
-        config = recipe
-    run_dir = Path(runs) / run_name(config, cache)
+    return train_heads([recipe], cache, runs, settings=settings, residency=residency, trackers=trackers)[0]
+
+
+def train_heads(
+    recipes: Sequence[str | TrainConfig],
+    cache: FeatureCache,
+    runs: Path | str = "runs",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    residency: Residency = "auto",
+    trackers: Sequence[str] = ("tensorboard",),
+) -> list[Training]:
+    """Train several heads, each batch being read once for all; each learns to the bit what it learns alone.
+
+    Args:
+        settings: values to replace in the named recipes that know them; `{"film.dim": 64}` is for one alone.
+
+    Raises:
+        UsageError: a recipe or a setting is unknown, or the recipes want other batches.
+    """
+    named = [recipe for recipe in recipes if isinstance(recipe, str)]
+    if settings and len(named) < len(recipes):
+        raise UsageError("settings replace values of named recipes; a TrainConfig already has its own.")
+    made = iter(make_configs(named, settings))
+    configs = [next(made) if isinstance(recipe, str) else recipe for recipe in recipes]
+    requests = [_request(config, cache, Path(runs)) for config in configs]
+    return train_together(requests, cache, residency=residency, trackers=trackers)
+
+
+def _request(config: TrainConfig, cache: FeatureCache, runs: Path) -> TrainRequest:
+    run_dir = runs / run_name(config, cache)
     paths = StorePaths(cache.samples.path, cache.images.store.path, cache.prompts.store.path)
     recorded = {"encoders": record_encoders(cache, run_dir), "store_paths": record_stores(paths, run_dir)}
-    return train_head(config, cache, run_dir, recorded=recorded, residency=residency)
+    return TrainRequest(config, run_dir, recorded)
 
 
 def evaluate(

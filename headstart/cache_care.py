@@ -21,7 +21,7 @@ from cache_schema.store import ZARR_SUFFIX, is_complete, read_header, recorded_p
 from cache_schema.verify import Damage, Verification, verify_store
 from extract.image_job import ImageJobConfig, extract_images
 from extract.prompt_job import PromptJobConfig, extract_prompts
-from heads.train import read_run_config
+from heads.runs import read_run_config
 from headstart.encoders import load_image_encoder_of_store, load_text_encoder_of_store
 from headstart.stores import find_all, list_stores
 

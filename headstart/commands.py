@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from cache_schema.errors import UsageError
 from headstart.command import Command, Json, Place
 from headstart.extract_commands import Encoders, Extract, Plan
 from headstart.prepare_commands import PREPARE_COMMANDS
+
+RECIPE_NAMES = tuple("linear cross_attention juras pseg pseg-tokens clipseg film text-driven talk2dino".split())
+"""The names in headstart.recipes.RECIPES, which is slow to import where only --help is asked for."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,19 @@ class Demo:
 class Train:
     """Train a head on cached features, in a run folder named after everything that decides what it learns.
 
-    A killed run goes on where it was; a finished one is not trained again.
+    A killed run goes on where it was; a finished one is not trained again. Several heads are trained in one pass over
+    the features, each with its own optimizer, randomness and run folder, and learn what they would alone.
 
     Example: headstart train cross_attention --stores stores --set epochs=5 depth=3
+
+    Example: headstart train --heads juras,pseg,film --set epochs=10 batch_size=32 film.dim=128
     """
 
-    recipe: Positional[str]
-    """Which recipe: linear, cross_attention, or juras (JurasSigLIP's fusion, losses and optimiser)."""
+    recipe: Annotated[
+        Positional[str | None], arg(metavar="RECIPE", help=f"Which recipe: {', '.join(RECIPE_NAMES)}.")
+    ] = None
+    heads: Annotated[str | None, arg(metavar="RECIPE,RECIPE,...")] = None
+    """Several recipes, to be trained in one pass."""
     stores: Place = "stores"
     """Folder with one store of each kind; s3://bucket/folder and the like work too."""
     samples: Place | None = None
@@ -58,19 +67,43 @@ class Train:
     runs: Path = Path("runs")
     """Folder the run's own folder is made in."""
     set: tuple[str, ...] = field(default=())
-    """Settings to replace, as key=value: fields of the recipe (epochs, learning_rate, ...) or arguments of its head."""
+    """Settings to replace, as key=value: fields of the recipe (epochs, learning_rate, ...) or arguments of its head; of
+    several recipes for all that know them, or as recipe.key=value for one."""
     residency: Literal["auto", "device", "ram", "disk"] = "auto"
     """Where features are kept while training; auto takes the first they fit into half of what is free of."""
+    dry_run: bool = False
+    """Only try a few steps: say what it takes of parameters, operations, memory and time. Nothing is written."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where validations are logged beside metrics.jsonl; wandb must be installed."""
     json: Json = False
 
     def run(self) -> Any:
         from headstart import api
-        from headstart.recipes import parse_overrides
+        from headstart.recipes import make_configs, parse_overrides
 
+        recipes = self._recipes()
+        settings = parse_overrides(self.set)
+        configs = make_configs(recipes, settings)
         cache = api.open_cache(self.stores, samples=self.samples, images=self.images, prompts=self.prompts)
-        run = api.train(self.recipe, cache, self.runs, settings=parse_overrides(self.set), residency=self.residency)
-        print(run.summary())
-        return run.to_dict()
+        if self.dry_run:
+            from heads.dry_run import dry_run
+
+            found = [dry_run(config, cache) for config in configs]
+            print("\n".join(tried.table() for tried in found))
+            return self._result([tried.to_dict() for tried in found])
+        runs = api.train_heads(configs, cache, self.runs, residency=self.residency, trackers=self.trackers)
+        for run in runs:
+            print(run.summary())
+        return self._result([run.to_dict() for run in runs])
+
+    def _recipes(self) -> list[str]:
+        several = [] if self.heads is None else [name.strip() for name in self.heads.split(",") if name.strip()]
+        if (self.recipe is None) == (not several):
+            raise UsageError("name a recipe, or several with --heads; `headstart train --help` lists them.")
+        return several if self.recipe is None else [self.recipe]
+
+    def _result(self, results: list[dict[str, Any]]) -> dict[str, Any]:
+        return results[0] if self.heads is None else {"runs": results}
 
 
 @dataclass(frozen=True)
@@ -141,6 +174,38 @@ class Predict:
         return {"image": str(self.image), "predictions": predictions}
 
 
+@dataclass(frozen=True)
+class Publish:
+    """Write a run's head with a model card (protocol, scores, fingerprints) to a folder, or push it to the Hub.
+
+    Example: headstart publish runs/film-0123456789ab --out film --push owner/film-scenes
+    """
+
+    run_dir: Positional[Path]
+    """Run folder of the head."""
+    out: Path | None = None
+    """Folder to write: config.json, model.safetensors, facts.json, README.md."""
+    push: str | None = None
+    """Name at the Hugging Face Hub, owner/name; needs a token (`hf auth login`)."""
+    private: bool = False
+    """Make the repository at the Hub private, if it is made now."""
+    json: Json = False
+
+    def run(self) -> Any:
+        from heads.hub import HubHead
+
+        if self.out is None and self.push is None:
+            raise UsageError("name a folder with --out, a repository with --push owner/name, or both.")
+        head = HubHead.of_run(self.run_dir)
+        if self.out is not None:
+            head.save_pretrained(self.out)
+            print(f"wrote {self.out}")
+        url = None if self.push is None else str(head.push_to_hub(self.push, private=self.private))
+        if url is not None:
+            print(f"pushed to {url}")
+        return {"out": None if self.out is None else str(self.out), "url": url}
+
+
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     **PREPARE_COMMANDS,
@@ -150,4 +215,5 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "publish": Publish,
 }

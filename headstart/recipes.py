@@ -9,7 +9,22 @@ from typing import Any
 
 from cache_schema.errors import UsageError, unknown_name
 from heads import head_arguments
-from heads.train import TrainConfig
+from heads.train_config import TrainConfig
+
+_PSEG = TrainConfig(
+    head="two_way",
+    arguments={"depth": 3, "initial": "facebook/sam-vit-base"},
+    loss={"bce": 1.0, "dice": 1.0, "iou": 1.0},
+    epochs=20,
+    batch_size=32,
+    learning_rate=2e-4,
+    weight_decay=1e-2,
+    rates={"neck": 0.5},
+    warmup=0.1,
+    clip_norm=1.0,
+    mixed_precision="bf16",
+    target_size=(224, 224),
+)
 
 RECIPES: dict[str, TrainConfig] = {
     # The floor: about 15 seconds on scenes with two cores.
@@ -42,9 +57,69 @@ RECIPES: dict[str, TrainConfig] = {
         batch_size=64,
         learning_rate=3e-4,
         weight_decay=1e-2,
+        mixed_precision="bf16",
         target_size=(512, 512),
     ),
+    # PromptSeg-Lightweight: SAM's two-way decoder of depth 3, the pooled prompt as a point, the neck at half the rate.
+    "pseg": _PSEG,
+    # What its authors wished for: every token of the prompt in the two-way blocks.
+    "pseg-tokens": dataclasses.replace(_PSEG, arguments={**_PSEG.arguments, "text": "tokens"}),
+    # CLIPSeg's decoder, trained anew; needs a CLIP image encoder's layers 4, 7 and 10.
+    "clipseg": TrainConfig(
+        head="clipseg",
+        loss={"bce": 1.0},
+        epochs=20,
+        batch_size=64,
+        learning_rate=1e-3,
+        target_size=(352, 352),
+    ),
+    # The re-implementation of CLIPSeg with FiLM.
+    "film": TrainConfig(
+        head="film",
+        loss={"bce": 1.0},
+        optimizer="adam",
+        epochs=20,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        schedule="constant",
+        warmup=0.0,
+        target_size=(224, 224),
+    ),
+    # Text-Driven Object Segmentation: BiLSTM, three bidirectional layers, a progressive decoder.
+    "text-driven": TrainConfig(
+        head="bidirectional",
+        loss={"bce": 1.0, "dice": 1.0},
+        epochs=40,
+        batch_size=16,
+        learning_rate=1e-4,
+        weight_decay=1e-4,
+        rates={"pyramid": 0.1, "words": 0.1},
+        warmup=0.0,
+        clip_norm=0.0,
+        mixed_precision="bf16",
+        target_size=(480, 480),
+    ),
+    # Talk2DINO: a projection of CLIP's text, trained on pairs of images and captions. Needs --attention head_tokens.
+    "talk2dino": TrainConfig(
+        head="talk2dino",
+        loss={"info_nce": 1.0},
+        optimizer="adam",
+        epochs=100,
+        batch_size=128,
+        prompts_per_image=1,
+        learning_rate=1e-4,
+        weight_decay=0.0,
+        schedule="constant",
+        warmup=0.0,
+        clip_norm=0.0,
+        patience=None,
+        target_size=(96, 96),
+    ),
 }
+
+_OPTIONAL: dict[str, type] = {"patience": int, "val_samples": int, "data_seed": int, "ema": float}
+"""Settings that may be null, and what they are otherwise."""
 
 
 def make_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -56,34 +131,68 @@ def make_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> Trai
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
     config = RECIPES[recipe]
-    fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"arguments", "head"}
     arguments = dict(config.arguments)
     replaced: dict[str, Any] = {}
     for key, value in (overrides or {}).items():
-        if key in fields:
+        if key in _FIELDS:
             replaced[key] = _like(key, value, getattr(config, key))
         elif key in head_arguments(config.head):
             arguments[key] = value
         else:
-            raise unknown_name(f"setting of recipe {recipe!r}", key, fields | head_arguments(config.head))
+            raise unknown_name(f"setting of recipe {recipe!r}", key, _FIELDS | head_arguments(config.head))
     return dataclasses.replace(config, arguments=arguments, **replaced)
+
+
+def make_configs(recipes: Sequence[str], overrides: Mapping[str, Any] | None = None) -> list[TrainConfig]:
+    """Several recipes with some of their values replaced.
+
+    A setting counts for every recipe that knows it; one that is written `recipe.key` for that recipe alone.
+
+    Raises:
+        UsageError: a recipe is unknown or named twice, or no recipe knows a key.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for recipe in recipes:
+        if recipe not in RECIPES:
+            raise unknown_name("recipe", recipe, RECIPES)
+        if recipe in settings:
+            raise UsageError(f"recipe {recipe!r} is named twice; name each once.")
+        settings[recipe] = {}
+    known = {recipe: _FIELDS | head_arguments(RECIPES[recipe].head) for recipe in settings}
+    for key, value in (overrides or {}).items():
+        recipe, dot, own = key.partition(".")
+        if dot and recipe in settings:
+            settings[recipe][own] = value
+            continue
+        takers = [recipe for recipe in settings if key in known[recipe]]
+        if not takers:
+            raise unknown_name("setting of these recipes", key, set().union(*known.values()))
+        for recipe in takers:
+            settings[recipe].setdefault(key, value)
+    return [make_config(recipe, own) for recipe, own in settings.items()]
 
 
 def _like(key: str, value: Any, example: Any) -> Any:
     """`value`, if it is of the kind of the value it replaces."""
+    if key in _OPTIONAL and value is None:
+        return None
+    kind = _OPTIONAL.get(key, type(example))
     if isinstance(value, list):
         value = tuple(value)
-    if isinstance(example, float) and type(value) is int:
+    if kind is float and type(value) is int:
         value = float(value)
-    optional = key == "patience" and value is None
-    fits = type(value) is type(example)
-    if fits and isinstance(example, tuple):
-        fits = len(value) == len(example) and all(type(item) is int for item in value)
-    if fits and isinstance(example, Mapping):
+    fits = isinstance(value, Mapping) if issubclass(kind, Mapping) else type(value) is kind
+    if fits and kind is tuple:
+        fits = len(value) == len(example) and all(type(item) in (int, type(example[0])) for item in value)
+    if fits and key in ("loss", "rates"):
         fits = all(type(weight) in (int, float) for weight in value.values())
-    if not optional and not fits:
-        raise UsageError(f"{key} cannot be {value!r}: give something like {example!r}.")
+    if not fits:
+        shown = {int: 5, float: 0.999}.get(kind, example) if key in _OPTIONAL else example
+        raise UsageError(f"{key} cannot be {value!r}: give something like {shown!r}.")
     return value
+
+
+_FIELDS = {field.name for field in dataclasses.fields(TrainConfig)} - {"arguments", "head"}
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:

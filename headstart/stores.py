@@ -102,7 +102,7 @@ def stores_of_run(run_dir: Path) -> StorePaths:
     Raises:
         UsageError: the folder is no run folder.
     """
-    from heads.train import read_run_config  # slow to import, and most have no run
+    from heads.runs import read_run_config  # slow to import, and most have no run
 
     recorded = read_run_config(run_dir, "store_paths")["store_paths"]
     samples, images, prompts = (_recorded_store(run_dir, recorded[name]) for name in ("samples", "images", "prompts"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from extract.encoders.protocols import ImageEncoder, TextEncoder
     from extract.encoders.tiny import TinyEncoders
     from extract.job import Extraction
-    from heads.train import Training
+    from heads.runs import Training
 
 NUM_IMAGES = 24
 PROMPTS_PER_IMAGE = 4

@@ -15,7 +15,7 @@ from cache_schema.features import FeatureCache
 from evaluate.evaluation import evaluate_run, evaluate_runs
 from heads.checkpoint import load_head
 from heads.data import CachedSplit, Draw
-from heads.train import Training
+from heads.runs import Training
 
 
 def test_scores_are_those_of_masks_made_one_by_one_at_original_size(run: Training, feature_cache: FeatureCache) -> None:

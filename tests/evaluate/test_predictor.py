@@ -19,7 +19,7 @@ from heads.checkpoint import load_head
 from heads.data import CachedSplit, Draw, feature_shapes
 from heads.inputs import Head, HeadInputs, HeadOutputs
 from heads.linear import build_linear
-from heads.train import Training
+from heads.runs import Training
 from tests.extract.toys import ToyImageEncoder, ToyTextEncoder
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def test_a_prediction_from_pixels_is_the_prediction_from_the_cache(trained: Trai
     samples = cache.samples.samples
     _, head = load_head(trained.run.run_dir / "best")
     data = CachedSplit(cache, "val", (1, 1))
-    from_cache = dict(predict_masks(head, cache, data, data.in_order(8)))
+    from_cache = {row: predicted.mask for row, predicted in predict_masks(head, cache, data, data.in_order(8))}
     differing = total = 0
     for row, mask in from_cache.items():
         path = cache.samples.image_dir / samples.images.paths[samples.image_rows[row]]

@@ -153,7 +153,7 @@ def iou(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
 def masks_of(cache: FeatureCache, view: int) -> dict[int, NDArray[np.bool_]]:
     data = CachedSplit(cache, "val", None, all_views=True)
     draws = [Draw(data.samples[:2], np.full(2, view)), Draw(data.samples[2:], np.full(1, view))]
-    return dict(predict_masks(RedHead(), cache, data, draws))
+    return {row: predicted.mask for row, predicted in predict_masks(RedHead(), cache, data, draws)}
 
 
 # From a cache, and from pixels

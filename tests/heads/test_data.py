@@ -22,7 +22,8 @@ from extract.encoders.protocols import ImageEncoding
 from extract.image_job import ImageJobConfig, extract_images
 from extract.job import Extraction
 from heads.data import Batch, CachedSplit, Draw, Residency, feature_shapes
-from heads.train import TrainConfig, train
+from heads.train import train
+from heads.train_config import TrainConfig
 from tests.extract.toys import ToyImageEncoder
 
 RESIDENCIES: tuple[Residency, ...] = ("device", "ram", "disk", "auto")

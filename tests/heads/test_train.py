@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import pytest
 import torch
 
 import heads.train
+import heads.trainee
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from heads.checkpoint import load_head
 from heads.data import Residency
-from heads.train import TrainConfig, Training, run_name, train
+from heads.runs import Training, run_name
+from heads.train import TrainRequest, train, train_together
+from heads.train_config import TrainConfig
+from tests.heads.test_sam_weights import make_sam
 
 SMALL = TrainConfig(
     head="cross_attention",
@@ -34,7 +39,7 @@ class KilledError(Exception):
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, num_losses: int) -> None:
     """Let training die at its `num_losses`-th loss; whatever is on disk then is all that is left."""
-    real, calls = heads.train.mask_loss, [0]
+    real, calls = heads.trainee.total_loss, [0]
 
     def dying(*args: Any) -> torch.Tensor:
         calls[0] += 1
@@ -42,7 +47,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, num_losses: int) -> None:
             raise KilledError
         return real(*args)
 
-    monkeypatch.setattr(heads.train, "mask_loss", dying)
+    monkeypatch.setattr(heads.trainee, "total_loss", dying)
 
 
 def read_lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -245,3 +250,196 @@ def test_other_stores_make_another_run(
     feature_cache: FeatureCache, int8_cache: FeatureCache, views_cache: FeatureCache
 ) -> None:
     assert len({run_name(SMALL, cache) for cache in (feature_cache, int8_cache, views_cache)}) == 3
+
+
+# Several heads in one pass
+
+
+LINEAR = TrainConfig(head="linear", epochs=3, batch_size=16, learning_rate=3e-3, target_size=(8, 8), checkpoint_steps=3)
+DROPPING = dataclasses.replace(LINEAR, head="film", arguments={"dim": 8, "num_heads": 2}, seed=5, data_seed=0)
+SEVERAL = (SMALL, LINEAR, DROPPING)
+
+
+def requests(folder: Path, configs: tuple[TrainConfig, ...] = SEVERAL) -> list[TrainRequest]:
+    return [TrainRequest(config, folder / str(number)) for number, config in enumerate(configs)]
+
+
+@pytest.fixture(scope="module")
+def alone(feature_cache: FeatureCache, tmp_path_factory: pytest.TempPathFactory) -> list[Training]:
+    folder = tmp_path_factory.mktemp("alone")
+    return [train(request.config, feature_cache, request.run_dir) for request in requests(folder)]
+
+
+def assert_alike(found: list[Training], expected: list[Training]) -> None:
+    for mine, its in zip(found, expected, strict=True):
+        assert read_history(mine.run_dir) == read_history(its.run_dir)
+        assert weights_of(mine) == weights_of(its)
+
+
+def test_heads_that_share_a_pass_learn_to_the_bit_what_each_learns_alone(
+    alone: list[Training], feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    assert_alike(train_together(requests(tmp_path), feature_cache), alone)
+
+
+@pytest.mark.parametrize("num_losses", [1, 5, 14, 27])
+def test_a_killed_pass_goes_on_with_each_head_where_it_was(
+    num_losses: int,
+    alone: list[Training],
+    feature_cache: FeatureCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        kill_after(patch, num_losses)
+        with pytest.raises(KilledError):
+            train_together(requests(tmp_path), feature_cache)
+    assert_alike(train_together(requests(tmp_path), feature_cache), alone)
+
+
+def test_each_batch_is_read_once_for_all_heads(
+    feature_cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {}
+    real = heads.train.CachedSplit.load
+    for name, configs in (("one", SEVERAL[:1]), ("three", SEVERAL)):
+        loaded: list[int] = []
+
+        def load(self: Any, draw: Any, loaded: list[int] = loaded) -> Any:
+            loaded.append(len(draw.samples))
+            return real(self, draw)
+
+        monkeypatch.setattr(heads.train.CachedSplit, "load", load)
+        train_together(requests(tmp_path / name, configs), feature_cache)
+        counts[name] = loaded
+    assert counts["three"] == counts["one"]
+
+
+def test_a_head_that_stops_early_leaves_the_others_alone(
+    alone: list[Training], feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    still = dataclasses.replace(SMALL, learning_rate=0.0, weight_decay=0.0, patience=1)
+    found = train_together(requests(tmp_path, (still, LINEAR)), feature_cache)
+    assert (found[0].stopped_early, found[1].stopped_early) == (True, False)
+    assert_alike(found[1:], alone[1:2])
+
+
+def test_a_finished_head_is_not_trained_again_beside_one_that_is_not(
+    alone: list[Training], feature_cache: FeatureCache
+) -> None:
+    again = train_together(
+        [TrainRequest(config, run.run_dir) for config, run in zip(SEVERAL, alone, strict=True)], feature_cache
+    )
+    assert all(run.reused for run in again)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"batch_size": 8}, "batch_size is 16 and 8"),
+        ({"epochs": 2}, "epochs is 3 and 2"),
+        ({"seed": 3}, "data_seed is 0 and 3"),
+        ({"val_samples": 5}, "val_samples is None and 5"),
+    ],
+)
+def test_heads_that_would_see_other_batches_are_refused(
+    changes: dict[str, Any], complaint: str, feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    configs = (SMALL, dataclasses.replace(LINEAR, **changes))
+    with pytest.raises(UsageError, match=complaint):
+        train_together(requests(tmp_path, configs), feature_cache)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_run_twice_is_refused(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two of these runs are the same"):
+        train_together([TrainRequest(SMALL, tmp_path), TrainRequest(SMALL, tmp_path)], feature_cache)
+
+
+# What else a recipe can ask for
+
+
+def test_gradients_of_several_batches_make_one_step(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    """With every loss a mean over equal batches, two batches of 8 are one of 16."""
+    loss = {"bce": 1.0}
+    whole = dataclasses.replace(LINEAR, loss=loss, prompts_per_image=1, epochs=1, warmup=0.0, schedule="constant")
+    halves = dataclasses.replace(whole, batch_size=8, accumulate=2)
+    found = [train(config, feature_cache, tmp_path / str(config.batch_size)) for config in (whole, halves)]
+    first, second = (load_head(run.run_dir / "last")[1].state_dict() for run in found)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=2e-4, rtol=0.05)
+    assert found[1].num_steps >= 2 * found[0].num_steps - 1
+
+
+def test_what_is_kept_with_ema_is_the_running_mean(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    slow = dataclasses.replace(LINEAR, ema=0.9, epochs=1)
+    run = train(slow, feature_cache, tmp_path / "ema")
+    plain = train(dataclasses.replace(slow, ema=None), feature_cache, tmp_path / "plain")
+    averaged, last = (load_head(one.run_dir / "last")[1].state_dict() for one in (run, plain))
+    assert any(not torch.equal(averaged[name], last[name]) for name in last)
+    assert read_history(run.run_dir)[0]["train_loss"] == read_history(plain.run_dir)[0]["train_loss"]
+
+
+def test_a_killed_run_with_ema_and_accumulation_goes_on_exactly(
+    feature_cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(DROPPING, ema=0.9, accumulate=2, checkpoint_steps=1)
+    whole = train(config, feature_cache, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_after(patch, 4)
+        with pytest.raises(KilledError):
+            train(config, feature_cache, tmp_path / "run")
+    resumed = train(config, feature_cache, tmp_path / "run")
+    assert_alike([resumed], [whole])
+
+
+def test_parameters_can_have_their_own_rates(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    config = dataclasses.replace(LINEAR, epochs=1, weight_decay=0.0)
+    frozen = train(dataclasses.replace(config, rates={"projection": 0.0}), feature_cache, tmp_path / "frozen")
+    spec, trained = load_head(frozen.run_dir / "last")
+    torch.manual_seed(config.seed)
+    initial, final = spec.build().state_dict(), trained.state_dict()
+    assert torch.equal(final["projection.weight"], initial["projection.weight"])
+    assert not torch.equal(final["bias"], initial["bias"])
+    with pytest.raises(UsageError, match="unknown beginning of parameter names in rates 'projektion'"):
+        train(dataclasses.replace(config, rates={"projektion": 0.5}), feature_cache, tmp_path / "other")
+
+
+def test_a_validation_of_a_part_is_made_whole_at_the_end(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    part = dataclasses.replace(LINEAR, val_samples=3)
+    run, full = (train(config, feature_cache, tmp_path / str(config.val_samples)) for config in (part, LINEAR))
+    lines, whole = read_history(run.run_dir), read_history(full.run_dir)
+    assert [line["train_loss"] for line in lines] == [line["train_loss"] for line in whole]
+    assert [line["val_loss"] for line in lines] != [line["val_loss"] for line in whole]
+    (same,) = (line for line in whole if line["step"] == run.best_step)
+    assert (run.best_val_mean_iou, run.best_val_loss) == pytest.approx((same["val_mean_iou"], same["val_loss"]))
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])
+def test_schedules_rise_and_end_as_they_say(schedule: str, last: float) -> None:
+    config = TrainConfig("linear", schedule=schedule, warmup=0.2)
+    shares = [config.learning_rate_share(step, 10) for step in range(11)]
+    assert shares[:2] == [0.5, 1.0]
+    assert shares[-1] == pytest.approx(last)
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(shares[1:]))
+
+
+def test_a_head_that_began_from_another_checkpoint_never_needs_it_again(
+    feature_cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_sam(dim=32).save_pretrained(tmp_path / "sam")
+    arguments = {"dim": 32, "depth": 2, "num_heads": 8, "mlp_dim": 48, "initial": str(tmp_path / "sam")}
+    config = dataclasses.replace(SMALL, head="two_way", arguments=arguments, loss={"bce": 1.0, "iou": 1.0}, epochs=2)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 4)
+        with pytest.raises(KilledError):
+            train(config, feature_cache, tmp_path / "run")
+    (tmp_path / "sam").rename(tmp_path / "gone")
+    run = train(config, feature_cache, tmp_path / "run")
+    spec, head = load_head(run.run_dir / "best")
+    assert spec.arguments["initial"] == str(tmp_path / "sam")
+    assert not head.training
+    recorded = json.loads((run.run_dir / "config.json").read_text())
+    assert len(recorded["initial"]["sha256"]) == 64
+    with pytest.raises(UsageError, match="sam"):
+        train(config, feature_cache, tmp_path / "another run")

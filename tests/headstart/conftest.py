@@ -12,7 +12,7 @@ from tests.headstart.shell import Home, Shell
 
 if TYPE_CHECKING:
     from extract.job import Extraction
-    from heads.train import Training
+    from heads.runs import Training
 
 
 @pytest.fixture

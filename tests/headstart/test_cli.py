@@ -13,9 +13,8 @@ from PIL import Image
 
 from cache_schema.features import FeatureCache
 from evaluate.predictor import open_image
-from heads.train import Training
+from heads.runs import Training
 from headstart import cli
-from headstart.recipes import RECIPES
 
 
 def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
@@ -133,6 +132,16 @@ def test_the_road_can_be_walked_command_by_command(tmp_path: Path, capsys: pytes
         "train", "linear", "--stores", stores, "--runs", runs, "--set", "epochs=1", "target_size=[16,16]"
     )
     run_dir = str(trained["run_dir"])
+    common = ("--stores", stores, "--runs", runs, "--set", "epochs=1", "target_size=[16,16]", "film.dim=16")
+    before = sorted((tmp_path / "runs").iterdir())
+    tried = run_json("train", "--heads", "linear,film", "--dry-run", *common)
+    assert tried["runs"][0]["num_parameters"] == trained["num_parameters"]  # type: ignore[index]
+    assert sorted((tmp_path / "runs").iterdir()) == before
+    both = run_json("train", "--heads", "linear,film", *common)
+    assert [one["reused"] for one in both["runs"]] == [True, False]  # type: ignore[index,call-overload,union-attr]
+    published = run_json("publish", run_dir, "--out", str(tmp_path / "published"))
+    assert published["url"] is None
+    assert (tmp_path / "published" / "README.md").is_file()
     results = run_json("evaluate", run_dir, "--out", str(tmp_path / "report"))
     assert results["runs"][0]["head"] == "linear"  # type: ignore[index]
     assert (tmp_path / "report" / "report.html").is_file()
@@ -205,12 +214,3 @@ def test_a_fault_of_ours_is_not_blamed_on_the_user(
     monkeypatch.setattr("headstart.cache_info.describe_stores", broken)
     assert cli.run(["cache", "info", str(workspace)]) == cli.FAULT
     assert "a fault of ours" in capsys.readouterr().err
-
-
-def test_every_recipe_builds_its_head() -> None:
-    from heads import build_head
-    from heads.inputs import FeatureShapes
-
-    shapes = FeatureShapes({"last": (4, 4, 16)}, token_width=12, pooled_width=12)
-    for config in RECIPES.values():
-        assert build_head(config.head, shapes, config.arguments).layers == ("last",)

@@ -13,7 +13,7 @@ import headstart
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from evaluate.evaluation import evaluate_runs
-from heads.train import Training
+from heads.runs import Training
 from headstart import cli
 
 

@@ -1,0 +1,87 @@
+"""Several processes train one head: each takes its share of the batches, and they agree on everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cache_schema.features import FeatureCache
+from heads.checkpoint import load_head
+from heads.train import train
+from heads.train_config import TrainConfig
+
+CONFIG = TrainConfig(
+    head="cross_attention",
+    arguments={"dim": 8, "inner_dim": 8, "num_heads": 2, "hidden_dim": 16},
+    loss={"bce": 1.0},
+    epochs=2,
+    batch_size=6,
+    prompts_per_image=2,
+    learning_rate=1e-2,
+    schedule="constant",
+    warmup=0.0,
+    clip_norm=0.0,
+    target_size=(8, 8),
+)
+
+
+def train_in_processes(num: int, config: TrainConfig, cache: FeatureCache, run_dir: Path) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stores = [cache.samples.path, cache.images.store.path, cache.prompts.store.path]
+    asked = {"stores": list(map(str, stores)), "config": dataclasses.asdict(config), "run_dir": str(run_dir)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.heads.train_apart", json.dumps(asked)],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "ACCELERATE_USE_CPU": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num)
+    ]
+    told = [process.communicate(timeout=240) for process in started]
+    for process, (_, stderr) in zip(started, told, strict=True):
+        assert process.returncode == 0, stderr
+    return [json.loads(stdout.strip().splitlines()[-1]) for stdout, _ in told]
+
+
+@pytest.fixture(scope="module")
+def together(feature_cache: FeatureCache, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return train_in_processes(2, CONFIG, feature_cache, tmp_path_factory.mktemp("runs") / "together")
+
+
+def test_processes_agree_on_what_came_of_it(together: list[dict[str, Any]]) -> None:
+    first, second = ({key: value for key, value in told.items() if key != "seconds"} for told in together)
+    assert first == second
+
+
+def test_two_processes_learn_what_one_learns_from_both_their_batches(
+    together: list[dict[str, Any]], feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    alone = train(dataclasses.replace(CONFIG, accumulate=2), feature_cache, tmp_path / "alone")
+    assert together[0]["num_steps"] == alone.num_steps // 2
+    expected = load_head(alone.run_dir / "last")[1].state_dict()
+    found = load_head(Path(together[0]["run_dir"]) / "last")[1].state_dict()
+    assert alone.num_steps % (2 * CONFIG.epochs) == 0, "else the processes come out even with one batch more"
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-2)
+    assert together[0]["best_val_loss"] == pytest.approx(alone.best_val_loss, rel=0.05)
