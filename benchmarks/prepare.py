@@ -119,7 +119,7 @@ def _measure_layout(config: BenchmarkConfig, layout: Layout, folder: Path, measu
         name = f"{layout}: {num * SAMPLES_PER_IMAGE} samples"
         annotations = sum(file.stat().st_size for file in (folder / layout / str(num)).iterdir()) / 2**20
         shares = [one.images_s / one.seconds for one in rounds]
-        note = f"above the start, with what is mapped of {annotations:.0f} MiB of annotations"
+        note = f"above the start, for {annotations:.0f} MiB of annotations"
         report.rows += [
             Row.of(name, [one.rate for one in rounds], "samples/s", f"{num} images"),
             Row.of(f"{name}, peak memory", [one.memory_bytes / 2**20 for one in rounds], "MiB", note),

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,32 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
 
 
-def write_file(path: StorePath, data: bytes | bytearray | memoryview) -> None:
+Buffer = bytes | bytearray | memoryview
+
+
+def write_file(path: StorePath, data: Buffer) -> None:
     """Publish `data` at `path`: whoever opens `path` sees all of it, or what was there before, also after a crash.
 
     Raises:
         NoRoomError: the disk is full, or the user's quota is; nothing half written was published.
     """
+    write_pieces(path, (data,))
+
+
+def write_pieces(path: StorePath, pieces: Iterable[Buffer]) -> None:
+    """Publish the file that `pieces` make end to end, as `write_file` does. A remote one is put together in memory.
+
+    Raises:
+        NoRoomError: the disk is full, or the user's quota is; nothing half written was published.
+    """
     if not isinstance(path, Path):
-        path.write_bytes(bytes(data))
+        path.write_bytes(b"".join(pieces))
         return
     with staged(path) as temporary, temporary.open("xb", buffering=0) as file:
-        view = memoryview(data).cast("B")
-        while view:
-            view = view[file.write(view) :]
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            while view:
+                view = view[file.write(view) :]
 
 
 def write_json(path: StorePath, value: Any) -> None:

@@ -30,6 +30,7 @@ from cache_schema.atomic import StorePath
 from cache_schema.errors import UsageError, unknown_name
 from cache_schema.masks import Size, decode_mask
 from cache_schema.ragged import pack_bytes, pack_strings, unpack_bytes, unpack_strings
+from cache_schema.spilled import SpilledArray
 from cache_schema.store import (
     StaticArray,
     Store,
@@ -139,9 +140,22 @@ class SamplesStore:
     image_dir: Path | None
 
 
+@dataclass(frozen=True)
+class SampleArrays:
+    """The arrays of a samples store, in memory or on the disk, and the words that their codes stand for.
+
+    `splits` are sorted, and `tags` holds for each tag's name its sorted values.
+    """
+
+    arrays: Sequence[StaticArray]
+    splits: Sequence[str]
+    tags: Mapping[str, Sequence[str]]
+    classes: Sequence[str] = ()
+
+
 def write_samples(
     parent: StorePath,
-    samples: Samples,
+    samples: Samples | SampleArrays,
     *,
     dataset: str,
     sources: Mapping[str, str],
@@ -158,6 +172,30 @@ def write_samples(
         libraries: versions of the libraries that took part, recorded beside the identity.
         num_faults: faults of the dataset for which items were left out, recorded beside the identity.
     """
+    packed = _pack(samples) if isinstance(samples, Samples) else samples
+    identity = {
+        "dataset": dataset,
+        "sources": dict(sources),
+        "splits": list(packed.splits),
+        "tags": {name: list(values) for name, values in packed.tags.items()},
+        **({"classes": list(packed.classes)} if packed.classes else {}),
+        "arrays": {array.name: _digest(array) for array in packed.arrays},
+    }
+    header = StoreHeader("samples", identity, {})
+    recorded = {
+        "paths": relative_paths({"image_dir": image_dir}, parent / header.folder_name),
+        "libraries": dict(libraries),
+        "num_faults": num_faults,
+    }
+    writer = StoreWriter(parent, dataclasses.replace(header, recorded=recorded), (), packed.arrays)
+    if is_complete(writer.path):
+        return writer.path, True
+    writer.begin()
+    writer.finish(())
+    return writer.path, False
+
+
+def _pack(samples: Samples) -> SampleArrays:
     split_names, splits = _encode(samples.splits)
     tag_names: dict[str, list[str]] = {}
     arrays = [
@@ -169,35 +207,24 @@ def write_samples(
         *string_arrays("sample/id", samples.ids, "sample"),
         StaticArray("sample/image", samples.image_rows.astype(np.int32), ("sample",)),
         StaticArray("sample/prompt", samples.prompt_rows.astype(np.int32), ("sample",)),
-        *_ragged_arrays("sample/target", pack_bytes(samples.targets), "sample"),
+        *ragged_arrays("sample/target", pack_bytes(samples.targets), "sample"),
         StaticArray("sample/no_target", samples.no_target.astype(np.bool_), ("sample",)),
         StaticArray("sample/split", splits, ("sample",)),
     ]
     if any(samples.ignored):
-        arrays += _ragged_arrays("sample/ignored", pack_bytes(samples.ignored), "sample")
+        arrays += ragged_arrays("sample/ignored", pack_bytes(samples.ignored), "sample")
     for name in sorted(samples.tags):
         tag_names[name], codes = _encode(samples.tags[name])
         arrays.append(StaticArray(f"sample/tag/{name}", codes, ("sample",)))
-    identity = {
-        "dataset": dataset,
-        "sources": dict(sources),
-        "splits": split_names,
-        "tags": tag_names,
-        **({"classes": list(samples.classes)} if samples.classes else {}),
-        "arrays": {array.name: hashlib.sha256(np.ascontiguousarray(array.values).data).hexdigest() for array in arrays},
-    }
-    header = StoreHeader("samples", identity, {})
-    recorded = {
-        "paths": relative_paths({"image_dir": image_dir}, parent / header.folder_name),
-        "libraries": dict(libraries),
-        "num_faults": num_faults,
-    }
-    writer = StoreWriter(parent, dataclasses.replace(header, recorded=recorded), (), arrays)
-    if is_complete(writer.path):
-        return writer.path, True
-    writer.begin()
-    writer.finish(())
-    return writer.path, False
+    return SampleArrays(arrays, split_names, tag_names, samples.classes)
+
+
+def _digest(array: StaticArray) -> str:
+    """SHA-256 of an array's bytes."""
+    values, running = array.values, hashlib.sha256()
+    for piece in values.pieces() if isinstance(values, SpilledArray) else [np.ascontiguousarray(values).data]:
+        running.update(piece)
+    return running.hexdigest()
 
 
 def open_samples(path: StorePath, image_dir: Path | None = None) -> SamplesStore:
@@ -243,7 +270,7 @@ def _read_ignored(store: Store) -> Sequence[bytes]:
 
 def string_arrays(name: str, items: Sequence[str], axis: str) -> list[StaticArray]:
     """The two arrays of a ragged list of strings; `read_strings` reads them back."""
-    return _ragged_arrays(name, pack_strings(items), axis)
+    return ragged_arrays(name, pack_strings(items), axis)
 
 
 def read_strings(store: Store, name: str) -> list[str]:
@@ -256,7 +283,10 @@ def digest_array(hex_digests: Sequence[str]) -> NDArray[np.uint8]:
     return np.frombuffer(bytes.fromhex("".join(hex_digests)), np.uint8).reshape(-1, 32)
 
 
-def _ragged_arrays(name: str, packed: tuple[NDArray[np.uint8], NDArray[np.int64]], axis: str) -> list[StaticArray]:
+def ragged_arrays(
+    name: str, packed: tuple[NDArray[np.uint8] | SpilledArray, NDArray[np.int64] | SpilledArray], axis: str
+) -> list[StaticArray]:
+    """The two arrays of a ragged list of bytes: its values and its offsets."""
     values, offsets = packed
     return [
         StaticArray(f"{name}/values", values, (f"{axis}_byte",)),

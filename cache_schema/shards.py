@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,24 @@ def encode_shard(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
         raise ValueError(f"{layout.name}: expected {expected}, got {rows.dtype.name} {rows.shape}")
     compressed = layout.zstd_level is not None and layout.row_bytes
     return _encode_compressed(rows, layout) if compressed else _encode_plain(rows, layout)
+
+
+def encode_whole(pieces: Iterable[bytes], layout: ArrayLayout) -> Iterator[bytes]:
+    """What `encode_shard` gives of an array that is one chunk in one shard, piece by piece.
+
+    Args:
+        pieces: all rows as little-endian bytes, cut anywhere.
+    """
+    assert layout.shard_rows == layout.chunk_rows == layout.num_rows
+    assert layout.zstd_level is None
+    checksum = num_bytes = 0
+    for piece in pieces:
+        checksum = crc32c(piece, checksum)
+        num_bytes += len(piece)
+        yield piece
+    assert num_bytes == layout.chunk_bytes
+    yield np.array([checksum], "<u4").tobytes()
+    yield _index_of(layout, 1).tobytes()
 
 
 class ShardBuffer:
@@ -105,13 +123,17 @@ def _encode_plain(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:
 
 def _write_index(buffer: NDArray[np.uint8], layout: ArrayLayout, num_chunks: int) -> None:
     """The end of a shard, behind so many chunks that lie in order and without gaps."""
+    buffer[num_chunks * (layout.chunk_bytes + CRC_BYTES) :] = _index_of(layout, num_chunks)
+
+
+def _index_of(layout: ArrayLayout, num_chunks: int) -> NDArray[np.uint8]:
+    """(index_bytes,) uint8, the index with its checksum."""
     stride = layout.chunk_bytes + CRC_BYTES
     index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
     index[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * np.uint64(stride)
     index[:num_chunks, 1] = stride
-    tail = buffer[num_chunks * stride :]
-    tail[:-CRC_BYTES] = index.view(np.uint8).reshape(-1)
-    tail[-CRC_BYTES:] = checksum_bytes(tail[:-CRC_BYTES])
+    entries = index.view(np.uint8).reshape(-1)
+    return np.concatenate([entries, checksum_bytes(entries)])
 
 
 def _encode_compressed(rows: NDArray[Any], layout: ArrayLayout) -> memoryview:

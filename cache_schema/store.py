@@ -16,12 +16,13 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+import xxhash
 from numpy.typing import NDArray
 
 from cache_schema import SCHEMA_VERSION, atomic
@@ -34,7 +35,8 @@ from cache_schema.hdf5 import Hdf5File
 from cache_schema.layout import ArrayLayout, parse_shard_key, whole
 from cache_schema.reader import RowReader
 from cache_schema.receipts import Failure, Manifest, Receipt, StoredFile
-from cache_schema.shards import ShardBuffer, encode_shard
+from cache_schema.shards import ShardBuffer, encode_shard, encode_whole
+from cache_schema.spilled import SpilledArray
 
 StoreKind = Literal["samples", "image_features", "prompt_features"]
 
@@ -163,10 +165,10 @@ def node_metadata(layouts: Mapping[str, ArrayLayout]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StaticArray:
-    """An array that is known before the work starts, with the names of its axes."""
+    """An array that is known before the work starts, in memory or on the disk, with the names of its axes."""
 
     name: str
-    values: NDArray[Any]
+    values: NDArray[Any] | SpilledArray
     axes: tuple[str, ...]
 
     @property
@@ -234,7 +236,7 @@ class StoreWriter:
         self,
         unit: str,
         rows: tuple[int, int],
-        shards: Mapping[tuple[str, int], NDArray[Any] | ShardBuffer],
+        shards: Mapping[tuple[str, int], NDArray[Any] | ShardBuffer | SpilledArray],
         failures: Sequence[Failure] = (),
         rates: Mapping[str, float | str] | None = None,
     ) -> Receipt:
@@ -243,11 +245,16 @@ class StoreWriter:
         Args:
             unit: the unit's name, a plain word.
             rows: first row and the row after the last, of those the unit stands for.
-            shards: the rows of every shard of the unit, by (array name, shard number); buffers are written as they are.
+            shards: the rows of every shard of the unit, by (array name, shard number); buffers are written as they are,
+                and what lies on the disk goes through memory piece by piece.
         """
         files = {}
         for (name, number), values in shards.items():
             layout = self.layouts[name]
+            if isinstance(values, SpilledArray):
+                pieces = encode_whole(values.pieces(), layout)
+                files[layout.shard_key(number)] = _write_pieces(self.path / layout.shard_key(number), pieces)
+                continue
             if isinstance(values, ShardBuffer):  # a store that is compressed, and repaired, encodes its rows anew
                 data = values.seal() if values.layout == layout else encode_shard(values.rows, layout)
             else:
@@ -286,6 +293,21 @@ class StoreWriter:
 def ledger_lines(receipts: Iterable[Receipt]) -> bytes:
     """The ledger: one JSON object a line for every item that could not be encoded."""
     return b"".join(canonical_json(asdict(failure)) + b"\n" for receipt in receipts for failure in receipt.failures)
+
+
+def _write_pieces(path: StorePath, pieces: Iterable[bytes]) -> StoredFile:
+    """Publish a file piece by piece; what a receipt says of it."""
+    digest, num_bytes = xxhash.xxh3_128(), 0
+
+    def seen() -> Iterator[bytes]:
+        nonlocal num_bytes
+        for piece in pieces:
+            digest.update(piece)
+            num_bytes += len(piece)
+            yield piece
+
+    atomic.write_pieces(path, seen())
+    return StoredFile(num_bytes, digest.hexdigest())
 
 
 def _mend_json(path: StorePath, value: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Iterator
 from typing import Literal
@@ -24,6 +25,18 @@ _WIDTH, _HEIGHT, _NUM_BITS, _COMPRESSION, _PHOTOMETRIC, _NUM_SAMPLES = 256, 257,
 _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _SAMPLE_FORMAT = 279, 322, 323, 325, 339
 _UNCOMPRESSED, _UNSIGNED, _WHITE_IS_ZERO = 1, 1, 0
 
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column and row of each pass of an interlaced PNG, and the steps to the next ones."""
+
+_INFLATED_BYTES = 2**18
+
+_UNTOUCHED: dict[str, int | tuple[int, ...]] = {
+    **{"1": 255, "L": 245, "P": 245, "I;16": 62965, "I": 62965},
+    **{"LA": (245, 10), "RGB": (245, 10, 200), "RGBA": (245, 10, 200, 77)},
+}
+"""By mode of a PNG, a value that few images end in, no class has, and few bits stretched to eight do not give."""
+
 
 def flaw_of_file(image: ImageFile, data: bytes, max_pixels: int) -> str | None:
     """What is wrong with a file whose header was read, and whose pixels were not."""
@@ -36,10 +49,19 @@ def flaw_of_file(image: ImageFile, data: bytes, max_pixels: int) -> str | None:
     return None
 
 
+def load_pixels(image: ImageFile) -> None:
+    """Decode it, a PNG over a colour of ours that stays where its data end too early."""
+    if isinstance(image, PngImageFile) and image.tile and image.mode in _UNTOUCHED:
+        image.im = Image.new(image.mode, image.size, _UNTOUCHED[image.mode]).im
+    image.load()
+
+
 def flaw_of_pixels(image: ImageFile, data: bytes) -> str | None:
-    """What is wrong with a file whose pixels were read, and not turned yet."""
+    """What is wrong with a file that `load_pixels` has decoded, and that was not turned since."""
     if isinstance(image, JpegImageFile) and _ends_in_grey(image) and _takes_more(image, data):
         return "the image breaks off: where its data end, the decoder filled in grey"
+    if isinstance(image, PngImageFile) and _may_lack_pixels(image) and _lacks_pixels(data):
+        return "the image breaks off: its data end before its last row"
     return None
 
 
@@ -107,16 +129,66 @@ def _takes_more(image: JpegImageFile, data: bytes) -> bool:
 
 def _flaw_of_png(data: bytes) -> str | None:
     """Its end, behind which nothing counts, and checksums of what holds pixels. Pillow checks what comes before."""
-    view, place = memoryview(data), 8
-    while place + 8 <= len(data):
-        stop = place + 8 + int.from_bytes(data[place : place + 4], "big")
-        kind, checksum = data[place + 4 : place + 8], int.from_bytes(data[stop : stop + 4], "big")
+    view = memoryview(data)
+    for kind, start, stop in _chunks(data):
         if kind == b"IEND":
             return None
-        if kind == b"IDAT" and stop + 4 <= len(data) and zlib.crc32(view[place + 4 : stop]) != checksum:
+        checksum = int.from_bytes(data[stop : stop + 4], "big")
+        if kind == b"IDAT" and stop + 4 <= len(data) and zlib.crc32(view[start - 4 : stop]) != checksum:
             return "the image is damaged: its data do not have the checksum that stands beside them"
-        place = stop + 4
     return "the image is cut short: the chunk that ends it is missing"
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind and span of each chunk of a PNG; the last span may reach beyond the file."""
+    place = 8
+    while place + 8 <= len(data):
+        stop = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        yield data[place + 4 : place + 8], place + 8, stop
+        place = stop + 4
+
+
+def _may_lack_pixels(image: PngImageFile) -> bool:
+    """Whether its last pixel is what was there before it was decoded; where rows are interlaced, any may be the last.
+
+    Data are inflated a second time to be sure, which would take half as long again if it were done for every file.
+    """
+    if image.info.get("interlace") or image.mode not in _UNTOUCHED:
+        return True
+    return image.getpixel((image.width - 1, image.height - 1)) == _UNTOUCHED[image.mode]
+
+
+def _lacks_pixels(data: bytes) -> bool:
+    """Whether the data of a PNG inflate to fewer bytes than its header says; no more than a part of them at a time."""
+    chunks = list(_chunks(data))
+    header = next(start for kind, start, _ in chunks if kind == b"IHDR")
+    due = _num_png_bytes(data, header)
+    inflater, view = zlib.decompressobj(), memoryview(data)
+    for kind, start, stop in chunks:
+        if kind != b"IDAT":
+            continue
+        waiting: bytes | memoryview = view[start:stop]
+        while due > 0 and not inflater.eof:
+            try:
+                found = len(inflater.decompress(waiting, _INFLATED_BYTES))
+            except zlib.error:
+                return True
+            waiting = inflater.unconsumed_tail
+            due -= found
+            if found < _INFLATED_BYTES and not waiting:
+                break
+    return due > 0
+
+
+def _num_png_bytes(data: bytes, header: int) -> int:
+    """How many bytes the rows of a PNG have before they are deflated: each is a byte for its filter, and its pixels."""
+    width, height, num_bits, colours, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, header)
+    per_pixel = num_bits * _PNG_CHANNELS[colours]
+    due = 0
+    for left, top, across, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-max(0, width - left) // across), -(-max(0, height - top) // down)
+        due += rows * (1 + -(-columns * per_pixel // 8)) if columns else 0
+    return due
 
 
 def _flaw_of_tiff(image: TiffImageFile, data: bytes, max_pixels: int) -> str | None:

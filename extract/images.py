@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from cache_schema.masks import Size
-from extract.image_flaws import flaw_of_file, flaw_of_pixels
+from extract.image_flaws import flaw_of_file, flaw_of_pixels, load_pixels
 
 MAX_IMAGE_PIXELS = 150_000_000
 """Larger images are refused before their pixels are decoded."""
@@ -33,7 +34,7 @@ Image.init()
 IMAGE_FORMATS = tuple(form for form in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF") if form in Image.OPEN)
 """Formats that are decoded, as far as Pillow was built with them. It knows more, some of which start other programs."""
 
-_EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 256, 257
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -102,7 +103,7 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
     """
     with _opened(data) as image:
         _refuse(flaw_of_file(image, data, MAX_IMAGE_PIXELS))
-        image.load()
+        load_pixels(image)
         _refuse(flaw_of_pixels(image, data))
         return np.asarray(_to_rgb(_turn_upright(image)))
 
@@ -114,9 +115,18 @@ def image_size(data: bytes) -> Size:
         UndecodableImageError: not an image, or larger than `MAX_IMAGE_PIXELS`.
     """
     with _opened(data) as image:
-        may_lie = not isinstance(image, PngImageFile) or any(mark in data for mark in _EXIF_OF_PNG)
-        lying = may_lie and _orientation(image) in _LYING
-        return (image.width, image.height) if lying else (image.height, image.width)
+        width, height = _stored_size(image)
+        return (width, height) if _orientation_in_header(image, data) in _LYING else (height, width)
+
+
+def is_turned(data: bytes) -> bool:
+    """Whether `decode_image` turns or mirrors what is stored, so that masks of stored pixels lie on other ones.
+
+    Raises:
+        UndecodableImageError: not an image, or larger than `MAX_IMAGE_PIXELS`.
+    """
+    with _opened(data) as image:
+        return _orientation_in_header(image, data) in _UPRIGHT
 
 
 @contextmanager
@@ -168,6 +178,21 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     # soon as it is loaded, and says so.
     turn = _UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _stored_size(image: ImageFile) -> tuple[int, int]:
+    """(width, height) before anything is turned. Of a TIFF that lies on its side Pillow names the sides of the turned
+    image, but only if a tag of the file's own, and not its XMP, says so.
+    """
+    if isinstance(image, TiffImageFile):
+        return image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+    return image.size
+
+
+def _orientation_in_header(image: ImageFile, data: bytes) -> int:
+    if isinstance(image, PngImageFile) and not any(mark in data for mark in _EXIF_OF_PNG):
+        return 1
+    return _orientation(image)
 
 
 def _orientation(image: Image.Image) -> int:

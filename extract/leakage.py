@@ -48,9 +48,10 @@ class Overlap:
     Args:
         num_images: images of the first part that the second has too, by id or by content.
         num_by_id: shared ids. Between stores an id counts only with the file name it goes with, for every dataset
-            counts its images from 1; COCO's names of 2014 and 2017 are one name.
+            counts its images from 1. COCO's names of 2014 and 2017 are one name; but twelve digits alone may be
+            anybody's, and count where the other name says that it is COCO's, or the content is the same.
         num_by_content: different contents (SHA-256 of the file) that both have.
-        num_other_images: ids that both have, for files that agree neither in name nor in content.
+        num_other_images: ids that both have, for files that agree neither in content nor in a name that counts.
         num_prompts: texts that both have, letter for letter.
         num_prompts_alike: texts that both have when case and blanks are put aside.
     """
@@ -101,11 +102,11 @@ class Leakage:
 
     def table(self) -> str:
         """For people: the parts, what pairs of them share, and in words what follows."""
-        width = max(len(part.name) for part in self.parts)
-        lines = [f"{name}: {path}" for name, path in self.stores.items()]
+        width = max(len(_shown(part.name)) for part in self.parts)
+        lines = [f"{_shown(name)}: {_shown(path)}" for name, path in self.stores.items()]
         lines += ["", f"{'split':{width}} {'images':>9} {'prompts':>9} {'samples':>9} {'in COCO train2014':>18}"]
         lines += [
-            f"{part.name:{width}} {part.num_images:>9} {part.num_prompts:>9} {part.num_samples:>9} "
+            f"{_shown(part.name):{width}} {part.num_images:>9} {part.num_prompts:>9} {part.num_samples:>9} "
             f"{part.num_in_train2014:>18}"
             for part in self.parts
         ]
@@ -118,7 +119,7 @@ class Leakage:
         pair = 2 * width + 5
         lines = [f"{'shared between':{pair}} {'images':>8} {'by id':>8} {'by bytes':>9} {'prompts':>8} {'alike':>8}"]
         for overlap in shown:
-            between = f"{overlap.first:{width}} and {overlap.second:{width}}"
+            between = f"{_shown(overlap.first):{width}} and {_shown(overlap.second):{width}}"
             lines.append(
                 f"{between:{pair}} {overlap.num_images:>8} {overlap.num_by_id:>8} {overlap.num_by_content:>9} "
                 f"{overlap.num_prompts:>8} {overlap.num_prompts_alike:>8}"
@@ -129,8 +130,8 @@ class Leakage:
             lines.append(f"The other {len(self.overlaps) - len(shown)} pairs share nothing.")
         if others := sum(overlap.num_other_images for overlap in shown):
             lines.append(
-                f"{others} ids stand for files that agree neither in name nor in bytes: other images, most likely, and "
-                "not counted."
+                f"{others} ids stand for files that agree neither in name nor in bytes, where twelve digits alone are "
+                "no name: other images, most likely, and not counted."
             )
         return lines
 
@@ -138,7 +139,7 @@ class Leakage:
         found = [part for part in self.parts if part.num_in_train2014]
         if not found:
             return []
-        named = ", ".join(f"{part.name} ({part.num_in_train2014} of {part.num_images})" for part in found)
+        named = ", ".join(f"{_shown(part.name)} ({part.num_in_train2014} of {part.num_images})" for part in found)
         return [
             "",
             f"In COCO train2014: images of {named}. An encoder or a head that was trained on COCO's train2014, or on "
@@ -147,7 +148,10 @@ class Leakage:
 
     def _verdict(self) -> list[str]:
         if self.leaks:
-            named = [f"{leak.first} and {leak.second} ({leak.num_images})" for leak in self.leaks[:_NUM_NAMED]]
+            named = [
+                f"{_shown(leak.first)} and {_shown(leak.second)} ({leak.num_images})"
+                for leak in self.leaks[:_NUM_NAMED]
+            ]
             hidden = len(self.leaks) - len(named)
             pairs = "; ".join(named) + (f"; and {hidden} more pairs" if hidden else "")
             return [
@@ -156,6 +160,11 @@ class Leakage:
                 "other.",
             ]
         return ["", "No image is in two different splits."]
+
+
+def _shown(name: str) -> str:
+    """A name out of a file, on one line and without anything that would steer a terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
 
 
 def check_leakage(stores: Sequence[SamplesStore]) -> Leakage:
@@ -188,12 +197,14 @@ def _names(stores: Sequence[SamplesStore]) -> list[str]:
 class _Side:
     """A store with a number for whatever may be shared, the same number in every store.
 
-    `ids`, `named_ids`, `contents` and `in_train2014` are by row of image, `prompts` and `alike` by row of prompt.
+    `ids`, `named_ids`, `is_bare`, `contents` and `in_train2014` are by row of image, `prompts` and `alike` by row of
+    prompt. `is_bare` are names of twelve digits that do not say whose they are.
     """
 
     store: SamplesStore
     ids: Codes
     named_ids: Codes
+    is_bare: NDArray[np.bool_]
     contents: Codes
     in_train2014: NDArray[np.bool_]
     prompts: Codes
@@ -225,6 +236,7 @@ def _sides(stores: Sequence[SamplesStore]) -> list[_Side]:
             store=store,
             ids=ids[place],
             named_ids=named[place],
+            is_bare=np.array([part is None and number is not None for part, number in coco[place]], np.bool_),
             contents=contents[place],
             in_train2014=np.array([number in seen for _, number in coco[place]], np.bool_),
             prompts=prompts[place],
@@ -277,7 +289,9 @@ def _compare(first: _PartRows, second: _PartRows) -> Overlap:
     one, other = first.side, second.side
     key, other_key = one.named_ids[first.images], other.named_ids[second.images]
     content, other_content = one.contents[first.images], other.contents[second.images]
-    by_id, by_content = np.isin(key, other_key), np.isin(content, other_content)
+    by_content = np.isin(content, other_content)
+    certain = np.isin(key, other_key[~other.is_bare[second.images]]) | by_content
+    by_id = np.isin(key, other_key) & (certain | ~one.is_bare[first.images])
     shared = by_id | by_content
     same_number = np.isin(one.ids[first.images], other.ids[second.images])
     prompt, other_prompt = one.prompts[first.prompts], other.prompts[second.prompts]

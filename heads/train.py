@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,9 @@ def train_together(
             run, or a loss is no longer finite.
     """
     _require_shared(requests)
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"the tracker {name} is not installed; install it (pip install {name}) or leave it out.")
     AcceleratorState._reset_state(reset_partial_state=True)  # else a second call could not choose anew
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     shapes, trainees, finished = feature_shapes(cache), dict[int, Trainee](), dict[int, Training]()

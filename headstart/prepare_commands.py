@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from cache_schema.atomic import parse_path, write_file
-from cache_schema.errors import UsageError
+from cache_schema.errors import UsageError, unknown_name
 from headstart.command import Command, Json, Place, Wanting
 
 if TYPE_CHECKING:  # slow to import
@@ -35,8 +35,10 @@ DATASET_NAMES = (
 )
 """The names in extract.datasets.DATASETS, which is slow to import where only --help is asked for."""
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _URL = re.compile(r"\w{2,}:/")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""All that steers a terminal but tabs and ends of lines, and what makes letters run the other way."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,11 @@ class Prepare:
         from extract.prepare import PrepareConfig
 
         config = PrepareConfig(dataset, root, parse_path(self.out), self.image_dir, self.unpack, self.skip_bad)
-        _ = config.reader  # an unknown name is said before anything is made
         if self.make:
             if dataset != "scenes":
                 raise UsageError(f"only scenes can be made, not {dataset}; leave --make out.")
+            if self.check:
+                raise UsageError("--check writes nothing, so nothing is made; leave --check or --make out.")
             make_scenes(ScenesConfig(root, num_images=self.make))
         return self._check(config) if self.check else self._prepare(config)
 
@@ -106,6 +109,8 @@ class Prepare:
                 "name a dataset and its folder, as in `headstart prepare refcoco /data/refcoco`; `headstart datasets` "
                 "lists the datasets."
             )
+        if self.dataset not in DATASET_NAMES:
+            raise unknown_name("dataset", self.dataset, DATASET_NAMES)
         if self.root is None:
             raise UsageError(
                 f"name the folder of {self.dataset}, as in `headstart prepare {self.dataset} FOLDER`; `headstart "
@@ -114,6 +119,8 @@ class Prepare:
         if _URL.match(str(self.root)):
             url = str(self.root).replace(":/", "://", 1)
             raise UsageError(f"{url} is remote, and datasets are read from a local folder; fetch it first.")
+        if self.root.is_file():
+            raise UsageError(f"{self.root} is a file; name the folder that holds it.")
         return self.dataset, self.root
 
     def _prepare(self, config: PrepareConfig) -> Any:
@@ -123,9 +130,12 @@ class Prepare:
         faults = FaultReport()
         try:
             prepared = prepare(config, faults)
-        finally:
-            if self.faults is not None:
+        except BaseException:
+            if self.faults is not None and faults.num_faults:  # none is no news of files that could not be read
                 write_faults(self.faults, faults)
+            raise
+        if self.faults is not None:
+            write_faults(self.faults, faults)
         print(printable(prepared.summary()))
         return prepared.to_dict()
 
@@ -135,7 +145,7 @@ class Prepare:
         counts, report = check(config)
         if self.faults is not None:
             write_faults(self.faults, report)
-        print(f"{config.dataset} at {config.root}: {counts}")
+        print(printable_line(f"{config.dataset} at {config.root}: {counts}"))
         if counts.num_samples:
             print(counts_table(counts))
         for line in fault_lines(report):
@@ -164,7 +174,7 @@ class Prepare:
 
         paths = [find_samples(parse_path(place)) for place in places]
         leakage = check_leakage([open_samples(path) for path in paths])
-        print(leakage.table())
+        print(printable(leakage.table()))
         result = leakage.to_dict()
         return Wanting(result) if leakage.leaks else result
 
@@ -234,9 +244,9 @@ def counts_table(counts: Counts) -> str:
             cells.append(str(counts.num_counted_of_split.get(split, 0)))
         if published:
             cells.append(str(published.get(split, "-")))
-        lines.append("".join([f"  {split:12}", *(f"{cell:>12}" for cell in cells)]))
+        lines.append("".join([f"  {printable_line(split):12}", *(f"{cell:>12}" for cell in cells)]))
     if counts.differences:
-        lines.append(f"NOT AS PUBLISHED: {'; '.join(counts.differences)}")
+        lines.append(printable_line(f"NOT AS PUBLISHED: {'; '.join(counts.differences)}"))
     return "\n".join(lines)
 
 
@@ -244,7 +254,7 @@ def fault_lines(report: FaultReport) -> list[str]:
     """Every fault on a line of its own, with its file and its place."""
     if not report.num_faults:
         return ["no fault"]
-    lines = [printable(f"{fault.source}: {fault}") for fault in report.faults]
+    lines = [printable_line(f"{fault.source}: {fault}") for fault in report.faults]
     if hidden := report.num_faults - len(report.faults):
         lines.append(f"and {hidden} more")
     return [*lines, f"{report.num_faults} fault{'' if report.num_faults == 1 else 's'}"]
@@ -258,7 +268,12 @@ def write_faults(path: Path, report: FaultReport) -> None:
 
 def printable(text: str) -> str:
     """A text that nobody vouches for, with what would steer a terminal or could not be encoded replaced."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text).encode("utf-8", "replace").decode()
+    return _CONTROL.sub(_REPLACEMENT, text).encode("utf-8", "replace").decode()
+
+
+def printable_line(text: str) -> str:
+    """The same for a text that is to be one line, or a part of one: what ends a line is replaced too."""
+    return printable(text.replace("\n", _REPLACEMENT))
 
 
 PREPARE_COMMANDS: dict[str, type[Command]] = {"prepare": Prepare, "datasets": Datasets}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from evaluate.contact_sheet import Card
 from evaluate.lettering import can_show
 from extract.datasets.places import Folder
 from extract.images import UndecodableImageError, UnreadableFileError, decode_image, read_bytes
-from headstart.prepare_commands import printable
+from headstart.prepare_commands import printable_line
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
@@ -139,7 +140,7 @@ def statistics_text(statistics: SamplesStatistics) -> str:
     """The figures for people."""
     lines = [f"  {'split':14}{'images':>10}{'prompts':>10}{'samples':>10}"]
     lines += [
-        f"  {printable(split):14}{share.num_images:>10}{share.num_prompts:>10}{share.num_samples:>10}"
+        f"  {printable_line(split):14}{share.num_images:>10}{share.num_prompts:>10}{share.num_samples:>10}"
         for split, share in statistics.splits.items()
     ]
     if len(statistics.splits) > 1:
@@ -147,10 +148,11 @@ def statistics_text(statistics: SamplesStatistics) -> str:
         lines.append(f"  {'in all':14}" + "".join(f"{number:>10}" for number in total))
     lines += ["", *_mask_lines(statistics), *_size_lines(statistics), "", "words in a prompt", *_histogram(statistics)]
     for name, counts in statistics.tags.items():
-        lines += ["", f"tag {name}: {len(counts)} values" if len(counts) > 1 else f"tag {name}: 1 value"]
+        shown_name = printable_line(name)
+        lines += ["", f"tag {shown_name}: {len(counts)} values" if len(counts) > 1 else f"tag {shown_name}: 1 value"]
         shown = list(counts.items())[:_NUM_VALUES]
-        width = max((len(printable(value)) for value, _ in shown), default=0)
-        lines += [f"  {printable(value):{width}} {count:>10}" for value, count in shown]
+        width = max((len(printable_line(value)) for value, _ in shown), default=0)
+        lines += [f"  {printable_line(value):{width}} {count:>10}" for value, count in shown]
         if hidden := len(counts) - len(shown):
             lines.append(f"  and {hidden} more")
     return "\n".join(lines)
@@ -217,7 +219,8 @@ def make_card(store: SamplesStore, row: int, image_dir: Path | None) -> Card:
     """A sample as a card: with its image and its masks, or in words why there is no picture."""
     samples = store.samples
     tags = [f"{name} {values[row]}" for name, values in samples.tags.items() if values[row] is not None]
-    note = ", ".join([samples.splits[row], *tags])
+    lack = [] if samples.targets[row] else ["no mask"]
+    note = ", ".join([*lack, samples.splits[row], *tags])
     prompt = samples.prompts[samples.prompt_rows[row]]
     image = _read_image(samples, row, image_dir)
     if isinstance(image, str):
@@ -238,7 +241,7 @@ def _read_image(samples: Samples, row: int, image_dir: Path | None) -> NDArray[n
         return f"{path}: the store does not say where its images lie"
     if path not in Folder(image_dir):
         return f"{path} does not lie inside the image folder"
-    if not (image_dir / path).exists():
+    if not os.path.exists(image_dir / path):  # noqa: PTH110  also for names too long to be any
         return f"{path} is missing"
     try:
         image = decode_image(read_bytes(image_dir / path)[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from tyro.conf import Positional
 from cache_schema.atomic import parse_path, write_file
 from cache_schema.errors import UsageError
 from headstart.command import Command, Json, Place
-from headstart.prepare_commands import printable
+from headstart.prepare_commands import printable_line
+
+_MAX_NAME_LETTERS = 32
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class SamplesShow:
             raise UsageError(f"--num is {self.num}: give a whole number from 0 to 1000.")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}: give a whole number of at least 0.")
-        if self.image_dir is not None and not self.image_dir.is_dir():
+        if self.image_dir is not None and not os.path.isdir(self.image_dir):  # noqa: PTH112  also for names too long
             raise UsageError(f"no folder at {self.image_dir}; name the one that holds the images with --image-dir.")
         if self.num and self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; name a folder.")
@@ -56,7 +60,7 @@ class SamplesShow:
         samples = store.samples
         rows = np.arange(len(samples)) if self.split is None else samples.rows_of_split(self.split)
         statistics = samples_info.samples_statistics(samples, rows)
-        print(f"{store.dataset}: {store.path}\n")
+        print(printable_line(f"{store.dataset}: {store.path}") + "\n")
         print(samples_info.statistics_text(statistics))
         shown, sheet, remarks = samples_info.draw_rows(rows, self.num, self.seed).tolist(), None, list[str]()
         if shown:
@@ -67,9 +71,9 @@ class SamplesShow:
             sheet = self.out / f"{store.path.stem}{'' if self.split is None else f'-{_file_name(self.split)}'}.png"
             write_file(sheet, encode_png(draw_sheet(title, cards)))
             remarks = samples_info.sheet_remarks(cards, image_dir)
-            print(f"\npicture of {len(shown)} samples: {sheet}")
+            print("\n" + printable_line(f"picture of {len(shown)} samples: {sheet}"))
             for remark in remarks:
-                print(printable(f"note: {remark}"))
+                print(printable_line(f"note: {remark}"))
         return {
             "path": str(store.path),
             "dataset": store.dataset,
@@ -82,8 +86,11 @@ class SamplesShow:
 
 
 def _file_name(split: str) -> str:
-    """A split's name as a part of a file name."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in split)
+    """A split's name as a part of a file name; of a long one the beginning, and a digest that tells it from others."""
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in split)
+    if len(name) <= _MAX_NAME_LETTERS:
+        return name
+    return f"{name[:_MAX_NAME_LETTERS]}-{hashlib.sha256(split.encode()).hexdigest()[:12]}"
 
 
 SAMPLES_COMMANDS: dict[str, type[Command]] = {"show": SamplesShow}

@@ -13,7 +13,9 @@ from extract.datasets.scenes import open_scenes
 from extract.datasets.semantic import SEMANTIC_READERS
 
 DATASETS: dict[str, DatasetReader] = {
-    "scenes": DatasetReader(open_scenes, "what `headstart prepare scenes --make N` wrote", counted="samples"),
+    "scenes": DatasetReader(
+        open_scenes, "what `headstart prepare scenes --make N` wrote", counted="samples", as_shown=True
+    ),
     **CUSTOM_READERS,
     **REFER_READERS,
     "grefcoco": DatasetReader(read_grefcoco, "grefs(unc).json, instances.json, and COCO's train2014 images"),

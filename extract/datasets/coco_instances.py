@@ -20,7 +20,8 @@ def read_coco_instances(source: Source, year: int) -> Dataset:
 
     The prompt is the category's name, which is the tag `category` too, and the target is the clamped union of all its
     annotations in that image, crowds included. The tag `targets` is one or many; a crowd is many. An image without an
-    annotation gives no sample. The categories' names, in the order of their ids, are the dataset's classes.
+    annotation gives no sample, nor does one of which an annotation cannot be read: it might be of any category. The
+    categories' names, in the order of their ids, are the dataset's classes.
 
     Samples come in the order of the images in `annotations/instances_{train,val}YYYY.json`, and within an image by
     category id; a split whose file is not there is left out. Images are looked for in `trainYYYY/` and `valYYYY/`, in
@@ -55,7 +56,10 @@ def _read_splits(splits: Sequence[CocoSplit], files: Sequence[CocoFile], faults:
 
 
 def _read_instances(split: CocoSplit, file: CocoFile, faults: FaultReport) -> Iterator[SampleRecord]:
+    spoiled = file.spoiled
     for image_id, of_categories in _index(split.path, file, faults).items():
+        if image_id in spoiled:
+            continue
         image = file.images[image_id]
         for category_id in sorted(of_categories):
             annotations = of_categories[category_id]

@@ -43,5 +43,6 @@ CUSTOM_READERS: dict[str, DatasetReader] = {
         read_custom,
         f"{SAMPLES}, or a COCO json with captions or expressions, and the images (docs/your-own-data.md)",
         counted="samples",
+        as_shown=True,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ import msgspec
 
 from cache_schema.masks import Size, is_empty, merge_counts, union_of_segmentations
 from extract.datasets.coco import CocoImage, read_image
-from extract.datasets.custom_jsonl import DEFAULT_SPLIT, take_texts
-from extract.datasets.faults import Fields, FileFaults, each_item
-from extract.datasets.json_files import JsonFile, JsonItems
+from extract.datasets.custom_jsonl import DEFAULT_SPLIT, check_reach, take_texts
+from extract.datasets.faults import Fields, FileFaults, each_item, is_text
+from extract.datasets.json_files import JsonFile, JsonItems, parse
 from extract.datasets.places import Folder, find_image_dir
 from extract.datasets.records import Dataset, SampleRecord, Source
 
@@ -24,6 +25,7 @@ OF_ALL_SPLITS = ("annotations", "instances")
 """Files of these names hold any split; every other is named after the one that it holds."""
 
 _TEXTS = ("caption", "expressions")
+_IMAGE_ID = re.compile(rb'"image_id"\s*:\s*(-?\d{1,19})\b')
 
 
 def read_captioned_coco(source: Source, paths: Sequence[Path]) -> Dataset:
@@ -101,7 +103,7 @@ class _CocoReader:
         self._read_images()
         self._read_categories()
         items = self._file.items("annotations")
-        num_members = _count_members(items)
+        num_members, unreadable = _count_members(items)
         targets: dict[tuple[int, str], _Target] = {}
         for item in each_item(items, "id", self._faults, "annotations "):
             member = self._read_annotation(item)
@@ -113,7 +115,11 @@ class _CocoReader:
                 target.masks.append(member.counts)
                 target.categories.append(member.category)
                 target.num_left -= 1
-                if target.num_left <= 0:
+                if target.num_left > 0:
+                    continue
+                if member.image_id in unreadable:
+                    del targets[key]
+                else:
                     yield self._make_sample(targets.pop(key), self._images[member.image_id], text)
         if not self._has_texts and len(items):
             self._faults.add("", "no annotation has a 'caption' or 'expressions'; add the texts that name it")
@@ -175,6 +181,8 @@ class _CocoReader:
             return b""
         try:
             counts = union_of_segmentations([segmentation], size)
+            if isinstance(segmentation, list):
+                check_reach(segmentation, size)
         except ValueError as fault:
             item.fault(f"its segmentation is bad: {fault}")
             return b""
@@ -205,15 +213,35 @@ def _nearest(key: str) -> str:
     return near[0] if near else ""
 
 
-def _count_members(items: JsonItems) -> Counter[tuple[int, str]]:
-    """How many annotations share an image and a text. One that cannot be read is a fault when its turn comes."""
+def _count_members(items: JsonItems) -> tuple[Counter[tuple[int, str]], set[int]]:
+    """How many annotations share an image and a text, and the images of annotations of which nobody knows the texts.
+
+    One with a fault, told when its turn comes, counts all the same: its target lacks a part, and is never complete.
+    """
     decode = msgspec.json.Decoder(_TextsOnly).decode
     num_members: Counter[tuple[int, str]] = Counter()
+    unreadable: set[int] = set()
     for raw in items.raw:
         try:
             found = decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue
+            guessed = _guess_texts(raw)
+            if guessed is None:
+                unreadable.update(int(number) for number in _IMAGE_ID.findall(bytes(raw)))
+                continue
+            found = guessed
         texts = {" ".join(text.split()) for text in (found.caption, *found.expressions)}
         num_members.update((found.image_id, text) for text in texts if text)
-    return num_members
+    return num_members, unreadable
+
+
+def _guess_texts(raw: msgspec.Raw) -> _TextsOnly | None:
+    """The image and the texts of an annotation with a fault; None if one of them cannot be made out."""
+    content = parse(raw)
+    if not isinstance(content, dict) or type(content.get("image_id")) is not int:
+        return None
+    expressions = content.get("expressions")
+    given = [content.get("caption"), *(expressions if isinstance(expressions, list) else [expressions])]
+    texts = [text for text in given if text is not None]
+    readable = all(isinstance(text, str) and is_text(text) for text in texts)
+    return _TextsOnly(content["image_id"], expressions=texts) if readable else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -38,7 +39,7 @@ _NO_TEXTS = {
     b"\xfe\xff": "is written in UTF-16. Save it as UTF-8.",
 }
 MARGIN_PX = 1.0
-"""How far a box may reach out of its image, which rounding explains; it is cut off there."""
+"""How far a box or a polygon may reach out of its image, which rounding explains; it is cut off there."""
 
 
 def read_samples_jsonl(source: Source) -> Dataset:
@@ -131,8 +132,7 @@ def _parse(line: bytes) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         raise ValueError(f"the key {twice!r} is there twice; give it once")
     return content
 
@@ -244,7 +244,10 @@ class _LineReader:
             return _fill_box(value, size)
         if not value:
             raise ValueError("it is empty")
-        return union_of_segmentations([value], size)
+        counts = union_of_segmentations([value], size)
+        if key == "polygons":
+            check_reach(value, size)
+        return counts
 
     def _read_mask(self, path: str, size: Size | None) -> bytes:
         data = _read_file(self._masks, path)
@@ -259,17 +262,30 @@ def _fill_box(box: list[Any], size: Size) -> bytes:
     if len(box) != 4 or any(type(value) not in (int, float) or not abs(value) < math.inf for value in box):
         raise ValueError("it must be a list of 4 numbers, [x0, y0, x1, y1]")
     x0, y0, x1, y1 = box
-    height, width = size
     if x1 <= x0 or y1 <= y0:
         raise ValueError(
             "its second corner must lie right of and below its first; write [x0, y0, x1, y1], not [x, y, width, height]"
         )
-    if min(x0, y0) < -MARGIN_PX or x1 > width + MARGIN_PX or y1 > height + MARGIN_PX:
-        raise ValueError(f"it reaches out of the image of {height} x {width} pixels (height x width)")
+    _refuse_reach(min(x0, y0), x1, y1, size)
     left, top, right, bottom = (max(0, math.ceil(value - 0.5)) for value in box)
     mask = np.zeros(size, np.bool_, order="F")  # as it is encoded
     mask[top:bottom, left:right] = True
     return encode_mask(mask)
+
+
+def check_reach(polygons: list[list[float]], size: Size) -> None:
+    """ValueError if polygons that can be drawn reach out of a (H, W) image by more than `MARGIN_PX`.
+
+    They are most likely another image's. COCO's own files have many such polygons, and are not held to this.
+    """
+    for polygon in polygons:
+        _refuse_reach(min(polygon), max(polygon[::2]), max(polygon[1::2]), size)
+
+
+def _refuse_reach(lowest: float, right: float, bottom: float, size: Size) -> None:
+    height, width = size
+    if lowest < -MARGIN_PX or right > width + MARGIN_PX or bottom > height + MARGIN_PX:
+        raise ValueError(f"it reaches out of the image of {height} x {width} pixels (height x width)")
 
 
 def _take_path(item: Fields, key: str) -> str:

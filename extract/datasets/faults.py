@@ -5,6 +5,7 @@ Knows JSON's types and nothing about any dataset.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ NUM_KEPT = 100_000
 """How many faults are remembered; a file with more is not the file it is taken for."""
 
 _NUM_LETTERS = 40
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What in a text out of a file would steer a terminal, or make two lines of one."""
 
 Value = TypeVar("Value", int, str, bool, list[Any], dict[str, Any])
 
@@ -48,7 +52,8 @@ class Fault:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" if self.where else self.what
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
     def to_dict(self) -> dict[str, str]:
         return {"source": self.source, "where": self.where, "what": self.what}

@@ -22,12 +22,13 @@ def draw_instances(
 
     A pixel holds the place in `classes` of the category that covers it, and where none does 0, the background. Crowds
     are drawn first and the other instances over them in the order of the file, so that where instances overlap the
-    later one is seen. An image of which an instance cannot be drawn is a fault, and not handed out.
+    later one is seen. An image of which an instance cannot be read or drawn is not handed out; the instance is a fault.
 
     Raises:
         AnnotationError: the file is not in COCO's layout.
     """
     coco, of_file = CocoFile(path, image_dir, faults), faults.of(path)
+    spoiled = coco.spoiled
     class_of = {category: classes.index(name) for category, name in coco.categories.items() if name in classes[1:]}
     of_image: dict[int, list[CocoAnnotation]] = defaultdict(list)
     for annotation in coco.annotations.values():
@@ -36,6 +37,8 @@ def draw_instances(
         for annotation in of_image[image_id]:
             of_file.add(f"annotation {annotation.id}", f"image_id {image_id} is not among the images")
     for image in sorted(coco.images.values(), key=lambda image: image.path):
+        if image.id in spoiled:
+            continue
         labels = np.zeros(image.size, np.uint8)
         in_order = sorted(of_image[image.id], key=lambda annotation: not annotation.iscrowd)
         drawn = [_draw(labels, annotation, coco, class_of, of_file) for annotation in in_order]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
 from extract.datasets.faults import TYPE_NAMES, AnnotationError, type_name
-from extract.datasets.mapped import map_file
+from extract.datasets.json_blocks import Placed, end_of_value, list_blocks, skip_blanks
+from extract.datasets.mapped import map_file, take
 
 _OTHERS = {
     b"PK\x03\x04": "a zip archive, not JSON. Unpack it first",
@@ -36,7 +39,7 @@ TYPE_NAMES[Unreadable] = "no valid JSON, or nested too deeply"
 
 
 class JsonFile:
-    """A JSON file whose outermost value is an object or a list. Nothing of it is parsed before it is asked for.
+    """A JSON file whose outermost value is an object or a list. It is checked as a whole, and parsed when asked for.
 
     Raises:
         AnnotationError: the file is not JSON (the message says at which line and column), or is neither.
@@ -46,19 +49,25 @@ class JsonFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        top, data = _open(path)
-        try:
-            self._lists = {"": msgspec.json.decode(data, type=list[msgspec.Raw])} if top == b"[" else {}
-            self._values = msgspec.json.decode(data, type=dict[str, msgspec.Raw]) if top == b"{" else {}
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as fault:
-            _explain(path, fault)
+        self._data, start = _open(path)
+        top = self._data[start : start + 1]
         if top not in (b"[", b"{"):
             _explain(path, None)
         self.is_list = top == b"["
+        try:
+            if self.is_list:
+                self._values = {"": _find_value(self._data, start)}
+                stop = self._values[""].stop
+            else:
+                self._values, stop = _find_values(self._data, start)
+            if skip_blanks(self._data, stop) < len(self._data):
+                raise msgspec.DecodeError("trailing characters")
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as fault:
+            _explain(path, _fault_of_whole(self._data, start, self.is_list) or fault)
 
     def has(self, key: str) -> bool:
         """Whether the outermost object has this key."""
-        return key in self._values
+        return not self.is_list and key in self._values
 
     def items(self, key: str = "") -> JsonItems:
         """The items of the list under `key` of the outermost object, or of the outermost list.
@@ -70,31 +79,44 @@ class JsonFile:
             raise AnnotationError(_other_type(self.path, list, {}))
         if key and self.is_list:
             raise AnnotationError(_other_type(self.path, dict, []))
-        if key not in self._lists:
-            if key not in self._values:
-                raise AnnotationError(f"{self.path} has 1 fault: {key!r} is missing. Mend it, or fetch it again.")
-            try:
-                self._lists[key] = msgspec.json.decode(self._values[key], type=list[msgspec.Raw])
-            except (msgspec.DecodeError, RecursionError) as fault:
-                value = parse(self._values[key])
-                found = type_name(Unreadable() if isinstance(value, list) else value)
-                raise AnnotationError(
-                    f"{self.path} has 1 fault: {key!r} must be a list, is {found}. Mend it, or fetch it again."
-                ) from fault
-        return JsonItems(self._lists[key])
+        if key not in self._values:
+            raise AnnotationError(f"{self.path} has 1 fault: {key!r} is missing. Mend it, or fetch it again.")
+        value = self._values[key]
+        if value.num_items is None:
+            found = type_name(parse(take(self._data, value.start, value.stop)))
+            raise AnnotationError(
+                f"{self.path} has 1 fault: {key!r} must be a list, is {found}. Mend it, or fetch it again."
+            )
+        return JsonItems(self._data, value.start, value.num_items)
 
 
 class JsonItems:
     """The items of a JSON list, parsed anew each time they are gone through."""
 
-    def __init__(self, raw: list[msgspec.Raw]) -> None:
-        self.raw = raw
+    def __init__(self, data: mmap.mmap, start: int, num_items: int) -> None:
+        self._data = data
+        self._start = start
+        self._num_items = num_items
 
     def __len__(self) -> int:
-        return len(self.raw)
+        return self._num_items
 
     def __iter__(self) -> Iterator[Any]:
         return map(parse, self.raw)
+
+    @property
+    def raw(self) -> Iterator[msgspec.Raw]:
+        """Their text."""
+        return (msgspec.Raw(text) for _, _, text in self.placed())
+
+    def placed(self) -> Iterator[Placed]:
+        """Where in the file each begins and ends, and its text."""
+        for block in list_blocks(self._data, self._start):
+            yield from block.items
+
+    def text(self, start: int, stop: int) -> bytes:
+        """The text of an item that `placed` named."""
+        return take(self._data, start, stop)
 
 
 def parse(raw: msgspec.Raw | bytes) -> Any:
@@ -108,15 +130,68 @@ def parse(raw: msgspec.Raw | bytes) -> Any:
         return Unreadable()
 
 
-def _open(path: Path) -> tuple[bytes, memoryview]:
-    """The first character of a JSON file, and the file from there on."""
+@dataclass(frozen=True)
+class _Value:
+    """Where a value begins and ends, and if it is a list how many items it has."""
+
+    start: int
+    stop: int
+    num_items: int | None
+
+
+def _find_value(data: mmap.mmap, start: int) -> _Value:
+    if data[start : start + 1] != b"[":
+        return _Value(start, end_of_value(data, start), None)
+    num_items, stop = 0, start
+    for block in list_blocks(data, start):
+        num_items += len(block.items)
+        stop = block.stop
+    return _Value(start, stop, num_items)
+
+
+def _find_values(data: mmap.mmap, start: int) -> tuple[dict[str, _Value], int]:
+    """The values of the object that begins at `start`, and where it ends."""
+    values: dict[str, _Value] = {}
+    at = skip_blanks(data, start + 1)
+    if data[at : at + 1] == b"}":
+        return values, at + 1
+    while True:
+        stop = end_of_value(data, at)
+        key = msgspec.json.decode(take(data, at, stop), type=str)
+        at = _pass(data, stop, b":")
+        values[key] = _find_value(data, at)
+        at = skip_blanks(data, values[key].stop)
+        if data[at : at + 1] == b"}":
+            return values, at + 1
+        at = _pass(data, at, b",")
+
+
+def _pass(data: mmap.mmap, at: int, sign: bytes) -> int:
+    """Where what follows a sign begins."""
+    at = skip_blanks(data, at)
+    if data[at : at + 1] != sign:
+        raise msgspec.DecodeError(f"expected {sign.decode()!r}")
+    return skip_blanks(data, at + 1)
+
+
+def _fault_of_whole(data: mmap.mmap, start: int, is_list: bool) -> Exception | None:
+    """What is wrong with a file by the parser's own account, with the byte at which it is."""
+    try:
+        msgspec.json.decode(memoryview(data)[start:], type=list[msgspec.Raw] if is_list else dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as fault:
+        return fault
+    return None
+
+
+def _open(path: Path) -> tuple[mmap.mmap, int]:
+    """A JSON file, and where its first character is."""
     data = map_file(path)
     for magic, what in _OTHERS.items():
         if data[: len(magic)] == magic:
             raise AnnotationError(f"{path} is {what}.")
     start = _START.match(data)
     assert start is not None
-    return start[1], memoryview(data)[start.start(1) :]
+    return data, start.start(1)
 
 
 def _explain(path: Path, fault: Exception | None) -> NoReturn:

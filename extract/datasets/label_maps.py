@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from cache_schema.masks import union_of_segmentations
-from extract.image_flaws import flaw_of_file
+from extract.image_flaws import flaw_of_file, flaw_of_pixels, load_pixels
 from extract.images import MAX_IMAGE_PIXELS, UndecodableImageError, image_size, read_bytes
 
 IGNORED = -1
@@ -45,7 +45,8 @@ def read_label_map(path: Path) -> NDArray[Any]:
                 )
             stretch = _STRETCHED.get(str(image.tile[0][3]), 1) if image.tile else 1
             flaw = flaw_of_file(image, data, MAX_IMAGE_PIXELS)
-            image.load()
+            load_pixels(image)
+            flaw = flaw or flaw_of_pixels(image, data)
             labels = np.asarray(image)
     except UnidentifiedImageError as error:
         raise UndecodableImageError("it is not a PNG; other formats change the numbers of the classes") from error

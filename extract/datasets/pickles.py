@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from extract.datasets.faults import TYPE_NAMES, AnnotationError, type_name
-from extract.datasets.mapped import map_file
+from extract.datasets.mapped import forget, map_file
 
 _NEWEST_PROTOCOL = 5
 _MAX_DIGITS = 40
 _MAX_NUMBER_BYTES = 16
 _MAX_NAME = 60
+_SEEN_BYTES = 1 << 18
+"""How much of a file is gone through before memory lets go of it."""
 
 Instruction = tuple[int, int, int]
 """Its code, and where its argument begins and ends."""
@@ -118,8 +120,11 @@ def _instructions(data: mmap.mmap) -> Iterator[Instruction]:
     Raises:
         ValueError: one is none of data's, or the file ends before the last.
     """
-    at, end, code = 0, len(data), -1
+    at, end, code, seen = 0, len(data), -1, 0
     while code != _STOP:
+        if at - seen > _SEEN_BYTES:
+            forget(data, seen, at)
+            seen = at
         if at >= end:
             raise ValueError("it is cut short")
         code, start = data[at], at + 1

@@ -58,12 +58,14 @@ class Source:
         faults: where everything that is wrong with it goes.
         image_dir: the folder of its images, if not where they are published.
         unpack: a folder for images that are published inside other files; `root / "images"` by default.
+        whole: nothing is to be unpacked unless every item is sound.
     """
 
     root: Path
     faults: FaultReport = field(default_factory=FaultReport)
     image_dir: Path | None = None
     unpack: Path | None = None
+    whole: bool = False
 
 
 Counted = Literal["refs", "samples", "images"]
@@ -78,6 +80,8 @@ class DatasetReader:
         layout: what its folder holds, for people.
         published: how many there are in each split, as its authors say.
         counted: what they count: annotated references, samples, or images.
+        as_shown: whether its annotations are of images as a viewer shows them, turned as their EXIF says, and not of
+            the pixels as they are stored.
         by_name: whether the name of a dataset at the hub, `owner/name`, may stand for the folder.
     """
 
@@ -85,4 +89,5 @@ class DatasetReader:
     layout: str
     published: Mapping[str, int] = field(default_factory=dict)
     counted: Counted = "refs"
+    as_shown: bool = False
     by_name: bool = False

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os.path
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cache_schema.errors import UsageError
 from cache_schema.masks import merge_counts
-from extract.datasets.coco import CocoAnnotation, CocoFile
+from extract.datasets.coco import LARGEST_ID, CocoAnnotation, CocoFile
 from extract.datasets.faults import FaultReport, Fields, each_item, is_text
 from extract.datasets.records import SampleRecord
 
@@ -24,12 +25,13 @@ _TAG_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OWN_TAGS = {"targets", "category"}
 
 
-def wanted_annotations(refs: Iterable[Any]) -> set[int]:
-    """The ids of the annotations that refs name, as far as they can be made out."""
-    wanted: set[int] = set()
+def wanted_annotations(refs: Iterable[Any]) -> array[int]:
+    """The ids of the annotations that refs name, as far as they can be made out; some more than once."""
+    wanted = array("q")
     for ref in refs:
         named = ref.get("ann_id") if isinstance(ref, dict) else None
-        wanted.update(ann_id for ann_id in (named if isinstance(named, list) else [named]) if type(ann_id) is int)
+        ids = named if isinstance(named, list) else [named]
+        wanted.extend(ann_id for ann_id in ids if type(ann_id) is int and abs(ann_id) <= LARGEST_ID)
     return wanted
 
 

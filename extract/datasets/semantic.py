@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,8 +50,8 @@ def read_semantic(source: Source, name: str) -> Dataset:
                 streams.append(_read_instances(instances, image_dir, split, chosen, source.faults))
     if not streams:
         raise UsageError(
-            f"{home} holds neither {' nor '.join(chosen.splits)} of {name}, images and labels. Name the folder that "
-            f"holds {chosen.layout}."
+            f"{home} holds no split of {name} ({', '.join(chosen.splits)}) that has images and labels both. Name the "
+            f"folder that holds {chosen.layout}."
         )
     return Dataset(name, image_dir, tuple(sources), chain.from_iterable(streams), chosen.class_names)
 
@@ -69,7 +70,10 @@ def _find_home(root: Path, chosen: SemanticSet) -> Path:
     for home in (root, *(root / below for below in chosen.homes)):
         if any((home / mark).exists() for mark in chosen.marks):
             return home
-    raise UsageError(f"{root} holds neither {' nor '.join(chosen.splits)}. Name the folder that holds {chosen.layout}.")
+    raise UsageError(
+        f"{root} holds neither {' nor '.join(chosen.splits)}: there is no {' and no '.join(chosen.marks)}. Name the "
+        f"folder that holds {chosen.layout}."
+    )
 
 
 def _keys_below(folder: Path, suffix: str) -> list[str]:
@@ -134,9 +138,9 @@ def _read_listed(
                 continue
             if label_map.image_path not in images or label_map.path not in labels:
                 of_list.add(f"line {number}", f"{key!r} does not lie inside the folders of images and label maps")
-            elif not (labels.path / label_map.path).exists():
+            elif not os.path.exists(labels.path / label_map.path):  # noqa: PTH110  also for names too long to be any
                 of_list.add(f"line {number}", f"the image {key} has no label map")
-            elif not (image_dir / label_map.image_path).exists():
+            elif not os.path.exists(image_dir / label_map.image_path):  # noqa: PTH110
                 of_list.add(f"line {number}", f"there is no image {label_map.image_path}")
             else:
                 yield from _read_map(labels, label_map, split, chosen, of_folder)

@@ -239,7 +239,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, samples_path: Path) -> Pa
     ignored = [encode_mask(corner), *[b""] * (len(samples) - 1)]
     changed = replace(samples, ignored=ignored, classes=("circle", "square"), targets=[b"", *samples.targets[1:]])
     out = tmp_path_factory.mktemp("format")
-    libraries = {name: "1" for name in ("numpy", "pycocotools")}
+    libraries = dict.fromkeys(("numpy", "pycocotools"), "1")
     return write_samples(out, changed, dataset="labelled", sources={}, image_dir=image_dir, libraries=libraries)[0]
 
 

@@ -38,6 +38,8 @@ def box_mask(x0: int, y0: int, x1: int, y1: int) -> NDArray[np.bool_]:
 
 
 TARGET = box_mask(2, 4, 12, 14)
+BIG = [-1, -1, W + 1, -1, W + 1, H + 1, -1, H + 1]
+"""A polygon that reaches out of an image of 40 x 60 pixels as far as it may."""
 
 
 @pytest.fixture
@@ -274,6 +276,9 @@ FAULTS: list[tuple[Any, str]] = [
     ({**LINE, "box": [20, 20, 10, 10]}, "'box': its second corner must lie right of and below its first; write [x0"),
     ({**LINE, "box": [2, 4, 2, 14]}, "'box': its second corner must lie right of and below its first"),
     ({**LINE, "box": [2, 4, 62, 14]}, "'box': it reaches out of the image of 40 x 60 pixels (height x width)"),
+    ({**without("box"), "polygons": [[-2, 4, 12, 4, 12, 14]]}, "'polygons': it reaches out of the image of 40 x 60"),
+    ({**without("box"), "polygons": [BIG, [2, 4, 62, 4, 12, 14]]}, "'polygons': it reaches out of the image of 40 x"),
+    ({**without("box"), "polygons": [[2, 4, 12, 4, 12, 42]]}, "'polygons': it reaches out of the image of 40 x 60"),
     ({**LINE, "box": [-3, 4, 12, 14]}, "'box': it reaches out of the image of 40 x 60 pixels (height x width)"),
     ({**LINE, "box": [10**400, 4, 12, 14]}, "'box': "),
     ({**LINE, "box": [2.6, 4, 3.4, 14]}, "'box' marks no pixel; if the prompt names nothing"),
@@ -335,6 +340,27 @@ def test_an_image_id_of_two_images_is_a_fault(root: Path) -> None:
     assert faults_of(root, *lines) == [
         "line 3: image_id 'one' belongs to another image, 'images/a.png'; give each image its own, or none"
     ]
+
+
+def test_a_polygon_that_reaches_out_by_a_pixel_is_cut_off(root: Path) -> None:
+    (sample,) = sound(root, {**without("box"), "polygons": [BIG]})
+    assert mask_of(sample).all()
+
+
+def test_a_line_of_very_many_keys_is_looked_through_once(root: Path) -> None:
+    class Counted(str):
+        num_compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.num_compared += 1
+            return str.__eq__(self, str(other))
+
+        __hash__ = str.__hash__
+
+    pairs = [(Counted(f"k{number}"), number) for number in range(500)]
+    with pytest.raises(ValueError, match="the key 'k499' is there twice; give it once"):
+        custom_jsonl._unique_keys([*pairs, (Counted("k499"), 0)])
+    assert Counted.num_compared < 10 * len(pairs)
 
 
 def test_a_line_longer_than_the_limit_is_passed_over_and_the_next_is_read(

@@ -255,6 +255,42 @@ def test_a_target_of_several_annotations_is_left_out_whole_if_one_of_them_has_a_
     assert [sample.id for sample in samples] == ["10:0", "11:0", "14:0"]
 
 
+@pytest.mark.parametrize(
+    ("position", "spoilt"),
+    [
+        (2, '"expressions": ["pets", 3]'),
+        (2, '"expressions": ["pets"], "caption": null'),
+        (2, '"caption": "pets", "expressions": null'),
+        (2, '"caption": " pets", "expressions": {}'),
+        (2, '"caption": 3, "expressions": null'),
+        (2, '"expressions": ["pets", "\udcff"]'),
+        (2, '"expressions": ["pets\udcff"]'),
+        (2, '"expressions": "pets"'),
+        (2, '"caption": ["pets"]'),
+        (1, '"expressions": ["pets", 3]'),
+    ],
+)
+def test_a_target_is_left_out_whole_if_the_texts_of_one_of_its_annotations_cannot_be_read(
+    root: Path, position: int, spoilt: str
+) -> None:
+    text = json.dumps(changed(annotation(position, expressions="SPOILT")))
+    assert '"expressions": "SPOILT"' in text
+    text = text.replace('"expressions": "SPOILT"', spoilt)
+    (root / "annotations.json").write_text(text, "utf-8", "surrogateescape")
+    samples, faults = read(root)
+    assert faults
+    assert "pets" not in {sample.prompt for sample in samples if sample.image_id == "a.png"}
+    assert "pets" in {sample.prompt for sample in samples if sample.image_id == "more/b.png"}
+
+
+@pytest.mark.parametrize(("far", "is_fault"), [(1.0, False), (1.5, True)])
+def test_a_polygon_reaches_no_further_out_of_its_image_than_a_box(root: Path, far: float, is_fault: bool) -> None:
+    write(root, changed(annotation(0, segmentation=[[30, 5, W + far, 5, W + far, 15]])))
+    _, faults = read(root)
+    reaches = "its segmentation is bad: it reaches out of the image of 40 x 60 pixels (height x width)"
+    assert faults == ([f"annotations item 0 (id 10): {reaches}"] if is_fault else [])
+
+
 def test_a_file_without_any_text_says_what_is_missing(root: Path) -> None:
     content = copy.deepcopy(CONTENT)
     for item in content["annotations"]:

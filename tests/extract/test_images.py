@@ -6,6 +6,7 @@ import hashlib
 import os
 import socket
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,29 @@ from PIL import Image
 
 from extract import images
 from extract.images import (
+    IMAGE_FORMATS,
     MAX_FILE_BYTES,
     MAX_IMAGE_PIXELS,
     UndecodableImageError,
     UnreadableFileError,
     decode_image,
+    image_size,
+    is_turned,
     read_bytes,
 )
-from tests.extract.hostile import ZEROS, decoded_by_pillow, encode, grey, make_png, pipe, png_header, png_of_chunks
+from tests.extract.hostile import (
+    PICTURE,
+    UPRIGHT,
+    ZEROS,
+    decoded_by_pillow,
+    encode,
+    exif,
+    grey,
+    make_png,
+    pipe,
+    png_header,
+    png_of_chunks,
+)
 from tests.extract.hostile_right import JPEG, RIGHT
 
 SIDES = st.integers(1, 40)
@@ -94,6 +110,59 @@ def test_damaged_bytes_give_an_image_or_a_refusal_and_never_another_error(name: 
         return
     assert decoded.dtype == np.uint8
     assert decoded.ndim == decoded.shape[2] == 3
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("form", IMAGE_FORMATS)
+def test_the_header_tells_the_size_of_the_decoded_image_and_whether_it_is_turned(form: str, orientation: int) -> None:
+    data = encode(PICTURE, form, exif=exif(orientation))
+    keeps_exif = form not in ("BMP", "GIF")
+    assert image_size(data) == decode_image(data).shape[:2]
+    assert image_size(data) == (PICTURE.shape[1::-1] if keeps_exif and orientation > 4 else PICTURE.shape[:2])
+    assert is_turned(data) == (keeps_exif and orientation != 1)
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_an_orientation_that_only_the_xmp_of_a_tiff_names_counts_for_its_size_too(orientation: int) -> None:
+    xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+    data = encode(PICTURE, "TIFF", tiffinfo={700: xmp})
+    assert image_size(data) == decode_image(data).shape[:2]
+    assert is_turned(data) == (orientation != 1)
+
+
+COLOURS = {(0, 1): 1, (0, 2): 1, (0, 8): 1, (0, 16): 1, (3, 4): 1, (2, 8): 3, (2, 16): 3, (4, 8): 2, (6, 8): 4}
+"""By colour type and bits of a PNG how many values a pixel has."""
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("colour", "bits"), COLOURS)
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), width=st.integers(1, 20), height=st.integers(1, 20))
+def test_a_png_whose_sound_data_end_too_early_is_refused_and_a_whole_one_is_not(
+    colour: int, bits: int, interlaced: bool, data: st.DataObject, width: int, height: int
+) -> None:
+    values = data.draw(st.sampled_from([0, 1, 2**bits - 1, 245, 62965]) | st.integers(0, 2**bits - 1)) % 2**bits
+    pixels = np.full((height, width, COLOURS[colour, bits]), values, np.uint16)
+    palette = [(b"PLTE", bytes(3 * 2**bits))] if colour == 3 else []
+    whole = make_png(pixels, colour, bits=bits, interlaced=interlaced, before=palette)
+    decode_image(whole)
+    start = whole.index(b"IDAT")
+    body = zlib.decompress(whole[start + 4 : start + 4 + int.from_bytes(whole[start - 4 : start], "big")])
+    kept = body[: data.draw(st.integers(1, len(body) - 1))]
+    header = png_header(width, height, bits, colour, int(interlaced))
+    cut = png_of_chunks(header, *palette, (b"IDAT", zlib.compress(kept)), (b"IEND", b""))
+    with pytest.raises(UndecodableImageError, match=r"breaks off|cannot be decoded"):
+        decode_image(cut)
+
+
+def test_pixels_in_several_chunks_are_counted_together() -> None:
+    pixels = np.full((40, 30), 245)  # what stands where nothing is decoded, so that the data are looked at
+    body = zlib.compress(b"".join(b"\0" + bytes([245]) * 30 for _ in range(40)))
+    chunks = [(b"IDAT", body[place : place + 5]) for place in range(0, len(body), 5)]
+    assert len(chunks) > 1
+    np.testing.assert_array_equal(
+        decode_image(png_of_chunks(png_header(30, 40, 8, 0), *chunks, (b"IEND", b""))), grey(pixels)
+    )
 
 
 @pytest.mark.parametrize("num_pixels", [120_000_000, MAX_IMAGE_PIXELS])

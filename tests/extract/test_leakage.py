@@ -144,6 +144,43 @@ def test_other_images_are_not_taken_for_those_of_train2014(name: str) -> None:
     assert not leakage.leaks
 
 
+TWELVE = "000000000042.jpg"
+
+
+def test_twelve_digits_alone_may_be_anybodys_and_say_nothing_between_stores() -> None:
+    one = store_of([("train", "42", TWELVE, "a", "cat")])
+    two = store_of([("val", "42", f"mine/{TWELVE}", "b", "dog")], "two")
+    leakage = check_leakage([one, two])
+    assert not leakage.leaks
+    assert leakage.overlaps[0].num_other_images == 1
+    assert "twelve digits alone are no name" in leakage.table()
+
+
+@pytest.mark.parametrize("name", ["COCO_val2014_000000000042.jpg", COCO])
+@pytest.mark.parametrize("prefix_first", [True, False])
+def test_twelve_digits_are_cocos_where_the_other_name_says_so(name: str, prefix_first: bool) -> None:
+    names = [name, TWELVE] if prefix_first else [TWELVE, name]
+    one = store_of([("train", "a", names[0], "first", "cat")])
+    two = store_of([("val", "b", names[1], "second", "dog")], "two")
+    (leak,) = check_leakage([one, two]).leaks
+    assert (leak.num_images, leak.num_by_id, leak.num_by_content) == (1, 1, 0)
+
+
+def test_twelve_digits_and_the_same_content_are_one_image() -> None:
+    one, two = store_of([("train", "42", TWELVE, "a", "cat")]), store_of([("val", "x", TWELVE, "a", "dog")], "two")
+    (leak,) = check_leakage([one, two]).leaks
+    assert (leak.num_images, leak.num_by_id, leak.num_by_content) == (1, 1, 1)
+
+
+def test_names_out_of_a_store_do_not_reach_the_terminal_as_they_are() -> None:
+    rows = [(split, "1", "1.jpg", "a", "cat") for split in ("tr\x1b[31m\nain", "val\x9b\u202e")]
+    leakage = check_leakage([store_of(rows, "o\x1b]0;ne"), store_of(rows, "t\nwo")])
+    table = leakage.table()
+    assert not {"\x1b", "\x9b", "\u202e"} & set(table)
+    assert "LEAKAGE" in table
+    assert not [line for line in table.splitlines() if line.startswith(("ain", "wo"))]
+
+
 def test_stores_of_one_dataset_are_numbered() -> None:
     rows = [("train", "1", "1.jpg", "a", "cat")]
     leakage = check_leakage([store_of(rows), store_of([*rows, *rows]), store_of(rows, "two")])

@@ -22,7 +22,7 @@ from PIL import Image
 from cache_schema.errors import UsageError
 from cache_schema.fingerprint import digest_file
 from cache_schema.masks import decode_mask, empty_mask, encode_mask
-from cache_schema.samples import open_samples
+from cache_schema.samples import open_samples, write_samples
 from cache_schema.store import open_store
 from extract.datasets import DATASETS
 from extract.datasets.faults import AnnotationError
@@ -32,6 +32,26 @@ from extract.prepare import PrepareConfig, check, prepare
 
 SIZE = (6, 8)
 TARGET = encode_mask(np.eye(*SIZE) > 0)
+DIGESTS = {
+    "image/id/offsets": "ab25350e3e65",
+    "image/id/values": "6f4b6612125f",
+    "image/path/offsets": "abf703c6840c",
+    "image/path/values": "694c454656d3",
+    "image/size": "1c3b621066b9",
+    "prompt/text/offsets": "13cb1d4b7316",
+    "prompt/text/values": "967734320930",
+    "sample/id/offsets": "4514c25ffa3f",
+    "sample/id/values": "f743f516487a",
+    "sample/image": "c3e42245ffdf",
+    "sample/no_target": "cf7605ed1bc7",
+    "sample/prompt": "31190090408f",
+    "sample/split": "7d450465ceb4",
+    "sample/tag/category": "8c4a95f406e1",
+    "sample/tag/targets": "7d450465ceb4",
+    "sample/target/offsets": "6d986e6d8b04",
+    "sample/target/values": "91d77eb755b6",
+}
+"""Of the arrays of `make_grefcoco`'s store, since the schema's first version."""
 
 
 def make_grefcoco(root: Path) -> Path:
@@ -332,8 +352,9 @@ def test_a_sample_with_a_fault_is_left_out_on_demand(offer: Offer, flaw: str) ->
     assert open_samples(prepared.path).samples.ids == ["0", "2"]
     (fault,) = prepared.faults.faults
     assert re.match(complaint, str(fault))
-    assert fault.source == str(config.root / "images")
-    assert re.search(rf"^LEFT OUT, with 1 faults?: .*{complaint}", prepared.summary(), re.MULTILINE)
+    place = "instances.json" if fault.where.startswith("sample") else "images"
+    assert fault.source == str(config.root / place)
+    assert re.search(rf"^LEFT OUT: .* has 1 fault: .*{complaint}", prepared.summary(), re.MULTILINE)
     assert prepared.to_dict()["faults"] == [fault.to_dict()]
     assert open_store(prepared.path).header.recorded["num_faults"] == 1
 
@@ -454,3 +475,56 @@ def test_a_tag_that_only_some_samples_have_is_none_for_the_others(offer: Offer) 
 def test_targets_stay_at_the_size_of_their_image(offer: Offer) -> None:
     samples = open_samples(prepare(offer([record(0)])).path).samples
     np.testing.assert_array_equal(samples.target(0), decode_mask(TARGET, SIZE))
+
+
+def test_a_prepared_store_is_byte_for_byte_that_of_the_same_samples_in_memory(tmp_path: Path) -> None:
+    path = prepare(PrepareConfig("grefcoco", make_grefcoco(tmp_path / "data"), tmp_path / "out")).path
+    identity, recorded = (getattr(open_store(path).header, name) for name in ("identity", "recorded"))
+    again = write_samples(
+        tmp_path / "again",
+        open_samples(path).samples,
+        dataset="grefcoco",
+        sources=identity["sources"],
+        image_dir=tmp_path / "data" / "images",
+        libraries=recorded["libraries"],
+    )[0]
+    assert isinstance(path, Path)
+    assert isinstance(again, Path)
+    assert again.name == path.name
+    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    assert [(again / name).read_bytes() for name in files] == [(path / name).read_bytes() for name in files]
+    digests = {name: digest[:12] for name, digest in identity["arrays"].items() if name != "image/sha256"}
+    assert digests == DIGESTS, "stores that were prepared before are made again"
+
+
+def turned(root: Path) -> None:
+    """Write images/1.png as it was, with EXIF that turns it upside down."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = root / "images" / "1.png"
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+
+
+def test_an_image_that_its_exif_turns_does_not_fit_masks_of_stored_pixels(offer: Offer) -> None:
+    config = offer([record(0)])
+    turned(config.root)
+    with pytest.raises(AnnotationError, match=r"1\.png is turned by its EXIF"):
+        prepare(config)
+
+
+def test_annotations_of_images_as_they_are_shown_fit_a_turned_one(
+    offer: Offer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = offer([record(0)])
+    turned(config.root)
+    monkeypatch.setitem(DATASETS, "mine", replace(DATASETS["mine"], as_shown=True))
+    assert prepare(config).counts.num_samples == 1
+    assert {name for name, reader in DATASETS.items() if reader.as_shown} == {"mine", "custom", "scenes"}
+
+
+def test_a_split_that_nobody_published_is_named(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = offer([record(0, ref_id="1"), record(1, ref_id="2", split="extra")])
+    monkeypatch.setitem(DATASETS, "mine", replace(DATASETS["mine"], published={"train": 1}))
+    (difference,) = prepare(config).counts.differences
+    assert difference == "split extra has 1 samples, published are 0"

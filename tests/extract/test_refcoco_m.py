@@ -17,12 +17,12 @@ from PIL import Image
 from cache_schema.errors import UsageError
 from cache_schema.masks import decode_mask, encode_mask
 from cache_schema.samples import open_samples
-from extract.datasets import DATASETS
+from extract.datasets import DATASETS, refcoco_m
 from extract.datasets.faults import AnnotationError, FaultReport
 from extract.datasets.records import SampleRecord, Source
 from extract.datasets.refcoco_m import REFCOCO_M_READERS, read_refcoco_m
 from extract.prepare import PrepareConfig, prepare
-from tests.extract.hostile import png_header, png_of_chunks
+from tests.extract.hostile import encode, exif, png_header, png_of_chunks
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -269,6 +269,9 @@ def having(value: Any, *path: Any) -> Change:
 HUGE = png_of_chunks(png_header(60000, 60000), (b"IDAT", b""))
 """The beginning of an image that would take gigabytes."""
 
+TURNED = encode(np.zeros((H, W, 3), np.uint8), "JPEG", exif=exif(3))
+PLAIN = "must be the plain name of an image file, such as 1.jpg"
+
 ROW_FAULTS: list[tuple[Change, str]] = [
     (having(None, 0, "image_id"), "row 0 (image_id None): 'image_id' must be a whole number, is null"),
     (having(None, 0, "file_name"), "row 0 (image_id 30): 'file_name' must be a text, is null"),
@@ -276,7 +279,16 @@ ROW_FAULTS: list[tuple[Change, str]] = [
     (having("../30.jpg", 0, "file_name"), "row 0 (image_id 30): file_name '../30.jpg' does not lie inside the image"),
     (having("a/../../30.jpg", 0, "file_name"), "file_name 'a/../../30.jpg' does not lie inside the image folder"),
     (having("/tmp/30.jpg", 0, "file_name"), "row 0 (image_id 30): file_name '/tmp/30.jpg' does not lie inside"),
-    (having("x" * 300 + ".jpg", 0, "file_name"), "cannot be written (File name too long)"),
+    (having("x" * 300 + ".jpg", 0, "file_name"), PLAIN),
+    (having("below/30.jpg", 0, "file_name"), PLAIN),
+    (having(".30.jpg", 0, "file_name"), PLAIN),
+    (having("30.py", 0, "file_name"), PLAIN),
+    (having("authorized_keys", 0, "file_name"), PLAIN),
+    (having("3\x1b[31m0.jpg", 0, "file_name"), PLAIN),
+    (
+        having(TURNED, 0, "image", "bytes"),
+        "row 0 (image_id 30): its EXIF turns its image, and masks lie as it is stored",
+    ),
     (having(None, 0, "image"), "row 0 (image_id 30): 'image' must be an object, is null"),
     (having(None, 0, "image", "bytes"), "row 0 (image_id 30): 'image' must hold the bytes of an image file"),
     (having(b"", 0, "image", "bytes"), "row 0 (image_id 30): its image cannot be used: the file is empty"),
@@ -292,6 +304,10 @@ ROW_FAULTS: list[tuple[Change, str]] = [
     (having("", 0, "samples", 0, "category"), "samples item 0 (id 7): 'category' is empty"),
     (having(None, 0, "samples", 0, "mask"), "samples item 0 (id 7): 'mask' must be an object, is null"),
     (having(None, 0, "samples", 0, "mask", "counts"), "its mask is bad: run lengths must hold 'counts' and 'size'"),
+    (
+        having(encode_mask(np.zeros((H, W), np.bool_)).decode(), 0, "samples", 0, "mask", "counts"),
+        "samples item 0 (id 7): its mask has no pixel",
+    ),
     (having("12`", 0, "samples", 0, "mask", "counts"), "its mask is bad: compressed run lengths are cut short"),
     (
         having([W, H], 0, "samples", 0, "mask", "size"),
@@ -339,6 +355,108 @@ def test_two_rows_of_one_file_name_are_a_fault(root: Path) -> None:
         "validation.parquet: row 1 (image_id 9): file_name 'COCO_train2014_000000000030.jpg' was there before"
     ]
     assert list(samples) == ["7:0", "7:1"]
+
+
+def test_two_rows_of_one_image_id_and_two_samples_of_one_id_are_faults(root: Path) -> None:
+    rows = copy.deepcopy(ROWS)
+    rows[1]["samples"][1]["id"] = 8
+    rows.append(row(30, jpeg(1), annotated(1, 30, "cat", mask(LEFT), "cat")))
+    rows[2]["file_name"] = "other.jpg"
+    samples, faults = read_with_faults(one_file(root, rows))
+    assert faults == [
+        "validation.parquet: row 1 (image_id 9), samples item 1 (id 8): another sample has this id",
+        "validation.parquet: row 2 (image_id 30): another row has this image_id",
+    ]
+    assert list(samples) == ["7:0", "7:1", "8:0"]
+
+
+SPOILT: list[Change] = [
+    having("../30.jpg", 1, "file_name"),
+    having(b"no image", 1, "image", "bytes"),
+    having(7, 1, "samples", 0, "id"),
+    having("12`", 1, "samples", 1, "mask", "counts"),
+    having(30, 1, "image_id"),
+]
+
+
+@pytest.mark.parametrize("change", SPOILT)
+def test_what_is_to_be_whole_is_judged_before_anything_is_written(root: Path, change: Change) -> None:
+    rows = copy.deepcopy(ROWS)
+    change(rows)
+    folder = one_file(root, rows)
+    before = files_below(root)
+    source = Source(folder, FaultReport(), whole=True)
+    assert list(read_refcoco_m(source).samples) == []
+    assert files_below(root) == before
+    assert source.faults.num_faults == len(read_with_faults(folder)[1]) >= 1
+
+
+def test_what_is_whole_gives_what_it_gives_otherwise(root: Path) -> None:
+    source = Source(root, FaultReport(), whole=True)
+    assert {sample.id: sample for sample in read_refcoco_m(source).samples} == read(root)
+    assert source.faults.num_faults == 0
+    assert len(files_below(root / "images")) == 3
+
+
+def test_a_folder_of_images_that_is_a_link_elsewhere_is_refused_unless_it_is_named(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (root / "images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=r"images is a link that leads out of its folder; name where it leads with --"):
+        read_refcoco_m(Source(root))
+    assert files_below(tmp_path / "elsewhere") == []
+    read(root, root / "images")
+    assert len(files_below(tmp_path / "elsewhere")) == 3
+
+
+def test_a_dangling_link_is_not_replaced(root: Path) -> None:
+    (root / "images").mkdir()
+    link = root / "images" / "COCO_train2014_000000000030.jpg"
+    link.symlink_to(root / "images" / "nothing.jpg")
+    _, faults = read_with_faults(root)
+    assert "is there already and holds something else" in faults[0]
+    assert link.is_symlink()
+    assert not link.exists()
+
+
+def test_a_file_that_would_take_too_much_memory_is_refused_by_its_footer(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = copy.deepcopy(ROWS)
+    rows[0]["image"]["bytes"] = bytes(2**20)
+    folder = one_file(root, rows)
+    assert (folder / "validation.parquet").stat().st_size < 2**17
+    monkeypatch.setattr(refcoco_m, "MAX_GROUP_BYTES", 2**20)
+    with pytest.raises(
+        AnnotationError, match=r"validation\.parquet has rows that take 10\d{5} bytes when they are unp"
+    ):
+        read_refcoco_m(Source(folder))
+
+
+def test_rows_that_may_share_a_large_value_are_read_one_by_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(n, bytes(2**18), annotated(n, n, "cat", mask(LEFT), "cat")) for n in range(4)]
+    sizes, iter_batches = [], pq.ParquetFile.iter_batches
+
+    def watched(self: Any, *args: Any, **keywords: Any) -> Any:
+        for batch in iter_batches(self, *args, **keywords):
+            sizes.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    monkeypatch.setattr(refcoco_m, "MAX_GROUP_BYTES", 2**19)
+    _, faults = read_with_faults(one_file(root, rows))
+    assert len(faults) == 4
+    assert sizes == [1] * 4
+
+
+def test_a_value_that_python_has_none_for_is_a_fault_of_its_row(root: Path) -> None:
+    folder = one_file(root, ROWS)
+    path = folder / "validation.parquet"
+    table = pq.read_table(path)
+    days = pa.array([2**62, 0], pa.int64()).view(pa.date64())
+    pq.write_table(table.set_column(table.schema.get_field_index("file_name"), "file_name", days), path)
+    _, faults = read_with_faults(folder)
+    assert faults[0] == "validation.parquet: row 0: it holds what cannot be read (OverflowError)"
+    assert faults[1] == "validation.parquet: row 1 (image_id 9): 'file_name' must be a text, is a date"
 
 
 def test_bytes_that_are_no_text_are_a_fault_of_their_row(root: Path) -> None:
@@ -406,6 +524,32 @@ def test_images_that_datasets_would_decode_are_taken_as_the_bytes_they_are(hub: 
     assert len(read(Path("moondream/refcoco-m"), tmp_path / "unpacked")) == 6
     for item in (*ROWS, *OTHER_ROWS):
         assert (tmp_path / "unpacked" / item["file_name"]).read_bytes() == item["image"]["bytes"]
+
+
+def test_no_file_that_a_table_names_is_opened(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "secret.png").write_bytes(encode(np.zeros((H, W, 3), np.uint8), "PNG"))
+    rows = copy.deepcopy(ROWS)
+    for item in rows:
+        item["image"] = {"bytes": None, "path": str(tmp_path / "secret.png")}
+        for sample in item["samples"]:
+            sample["mask"] = {"bytes": None, "path": str(tmp_path / "secret.png")}
+    kind = datasets.Image().pa_type
+    within = pa.struct(
+        [pa.field("mask", kind) if field.name == "mask" else field for field in TABLE[3].type.value_type]
+    )
+    schema = TABLE.set(0, pa.field("image", kind)).set(3, pa.field("samples", pa.list_(within)))
+    features = datasets.Features.from_arrow_schema(schema)
+    features["image"] = datasets.Image()
+    features["samples"].feature["mask"] = datasets.Image()
+    for path in (hub / "data").iterdir():
+        table = pa.Table.from_pylist(rows, schema).replace_schema_metadata(features.arrow_schema.metadata)
+        pq.write_table(table, path)
+    opened = []
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *args, **keywords: opened.append(args))
+    _, faults = read_with_faults(Path("moondream/refcoco-m"), tmp_path / "unpacked")
+    assert "'image' must hold the bytes of an image file" in faults[0]
+    assert opened == []
 
 
 def test_a_name_needs_a_folder_for_the_images() -> None:

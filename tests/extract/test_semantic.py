@@ -28,6 +28,7 @@ from extract.datasets.semantic import SEMANTIC_READERS
 from extract.datasets.semantic_sets import SEMANTIC_SETS, open_classes
 from extract.images import UndecodableImageError
 from extract.prepare import PrepareConfig, check, prepare
+from tests.extract.hostile import exif
 
 H, W = 3, 5
 Labels = NDArray[Any]
@@ -564,6 +565,7 @@ DAMAGED = {
     "no data": png_of(SOUND[16:29]),
     "data that are not compressed": png_of(SOUND[16:29], (b"IDAT", b"abc")),
     "too few rows": png_of(SOUND[16:29], (b"IDAT", zlib.compress(b"\0" * 100))),
+    "too few rows, each of them whole": png_of(SOUND[16:29], (b"IDAT", zlib.compress(bytes(41) * 20))),
     "a billion pixels": png_of(struct.pack(">IIBBBBB", 40000, 25000, 8, 0, 0, 0, 0), (b"IDAT", b"")),
 }
 
@@ -577,6 +579,14 @@ def test_a_damaged_label_map_is_a_fault_and_the_other_images_are_read(damage: st
     (fault,) = faults.faults
     assert fault.where == "ADE_train_00000001.png"
     assert "\n" not in fault.what
+
+
+@pytest.mark.parametrize("num_rows", [1, 20, 39])
+def test_a_label_map_whose_sound_data_end_too_early_is_refused(num_rows: int, tmp_path: Path) -> None:
+    path = tmp_path / "labels.png"
+    path.write_bytes(png_of(SOUND[16:29], (b"IDAT", zlib.compress(bytes(41) * num_rows))))
+    with pytest.raises(UndecodableImageError, match="its data end before its last row"):
+        read_label_map(path)
 
 
 @pytest.mark.parametrize("size", [(15001, 10000), (40000, 25000)])
@@ -684,6 +694,18 @@ def test_maps_of_coco_stuff_alone_are_not_taken_for_objects(instances_root: Path
     assert read("coco-object", instances_root) == expected
 
 
+@pytest.mark.parametrize("change", [{"segmentation": None}, {"category_id": "dog"}, {"iscrowd": 2}, {"id": "2"}])
+def test_an_image_with_an_instance_that_cannot_be_read_is_left_out(
+    change: dict[str, Any], instances_root: Path
+) -> None:
+    content = json.loads(json.dumps(INSTANCES))
+    content["annotations"][1].update(change)
+    write_instances(instances_root, content)
+    dataset, faults = open_set("coco-object", instances_root)
+    assert {sample.image_id for sample in dataset.samples} == {"285"}
+    assert faults.num_faults == 1
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -709,6 +731,39 @@ def test_an_instance_of_an_image_that_is_not_there_is_a_fault(instances_root: Pa
     write_instances(instances_root, content)
     what = "image_id 7 is not among the images"
     assert faults_of("coco-object", instances_root) == [("instances_val2017.json", "annotation 4", what)]
+
+
+def turned_images(name: str, root: Path, out: Path) -> list[str]:
+    """Where the faults are that `check` finds, all of them of images that their EXIF turns."""
+    _, faults = check(PrepareConfig(name, root, out))
+    assert all("turn" in fault.what for fault in faults.faults)
+    return [fault.where for fault in faults.faults]
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_an_image_that_its_exif_turns_is_a_fault_also_where_sizes_agree(orientation: int, tmp_path: Path) -> None:
+    home = make_ade(tmp_path)
+    for name in ("square", "upright"):
+        save_labels(home / f"annotations/validation/{name}.png", np.ones((4, 4)))
+        made = exif(1 if name == "upright" else orientation)
+        Image.new("RGB", (4, 4)).save(home / f"images/validation/{name}.jpg", exif=made)
+    assert turned_images("ade20k", home, tmp_path) == ["image square"]
+
+
+def test_an_image_that_its_exif_turns_is_a_fault_where_label_maps_are_drawn(
+    instances_root: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (W, H)).save(instances_root / "val2017/000000000139.jpg", exif=exif(4))
+    assert turned_images("coco-object", instances_root, tmp_path) == ["image 139"]
+
+
+def test_a_line_too_long_to_be_a_file_is_a_fault(tmp_path: Path) -> None:
+    home = make_voc(tmp_path)
+    save_list(home / "ImageSets/Segmentation/val.txt", "x" * 300, "2007_000033")
+    dataset, faults = open_set("voc21", home)
+    assert {sample.split for sample in dataset.samples} == {"train", "val"}
+    (fault,) = faults.faults
+    assert (fault.where, fault.what) == ("line 1", f"the image {'x' * 300} has no label map")
 
 
 @pytest.mark.parametrize(("folder", "suffix"), [("JPEGImages", ".jpg"), ("SegmentationClass", ".png")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -443,3 +444,19 @@ def test_a_head_that_began_from_another_checkpoint_never_needs_it_again(
     assert len(recorded["initial"]["sha256"]) == 64
     with pytest.raises(UsageError, match="sam"):
         train(config, feature_cache, tmp_path / "another run")
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_starts(
+    feature_cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
+    with pytest.raises(UsageError, match="the tracker wandb is not installed"):
+        train(LINEAR, feature_cache, tmp_path / "run", trackers=("wandb",))
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_trackers_metrics_alone_are_written(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    run = train(LINEAR, feature_cache, tmp_path / "run", trackers=())
+    assert len(read_history(run.run_dir)) == LINEAR.epochs
+    assert not (run.run_dir / "tensorboard").exists()

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from extract.datasets import DATASETS
 from headstart import cli
-from headstart.prepare_commands import DATASET_NAMES, printable
+from headstart.prepare_commands import DATASET_NAMES, printable, printable_line
 from tests.headstart.shell import Home, Shell
 
 
@@ -122,11 +123,22 @@ def test_the_file_of_faults_is_empty_where_there_is_none(shell: Shell, scenes: P
     assert (tmp_path / "faults").read_text() == ""
 
 
+@pytest.mark.parametrize("option", ["--check", "--skip-bad", "--strict"])
+def test_no_file_of_faults_is_written_where_the_dataset_could_not_be_read(
+    shell: Shell, scenes: Path, tmp_path: Path, option: str
+) -> None:
+    (scenes / "grefs(unc).json").write_text("{")
+    out = ["--out", tmp_path / "stores", "--faults", tmp_path / "faults"]
+    assert "is not valid JSON" in shell.mistake("prepare", "scenes", scenes, *out, option)
+    assert not (tmp_path / "faults").exists()
+
+
 def test_items_with_a_fault_are_left_out_on_demand_and_loudly(shell: Shell, scenes: Path, tmp_path: Path) -> None:
     harm(scenes)
     code, printed = shell.run("prepare", "scenes", scenes, "--out", tmp_path / "stores", "--skip-bad")
     assert code == cli.DONE
-    assert "LEFT OUT, with 12 faults" in printed
+    assert "LEFT OUT: " in printed
+    assert "has 12 faults" in printed
     code, found = shell.json("prepare", "scenes", scenes, "--out", tmp_path / "stores", "--skip-bad")
     assert (code, found["reused"], found["num_faults"]) == (cli.DONE, True, 12)
 
@@ -153,6 +165,8 @@ def test_a_dataset_with_nothing_in_it_is_found_wanting(shell: Shell, scenes: Pat
         ([], "name a dataset and its folder, as in `headstart prepare refcoco /data/refcoco`"),
         (["refcoco"], "name the folder of refcoco, as in `headstart prepare refcoco FOLDER`"),
         (["refcocco", "{tmp}"], "unknown dataset 'refcocco': did you mean 'refcoco'"),
+        (["my-folder"], "unknown dataset 'my-folder'"),
+        (["refcoco", "{images}/zarr.json"], "zarr.json is a file; name the folder that holds it"),
         (["refcocco", "{tmp}", "--make", "3"], "unknown dataset 'refcocco': did you mean 'refcoco'"),
         (["refcoco", "{tmp}/nowhere"], "nowhere; name the one that holds refs(unc).p"),
         (
@@ -164,6 +178,7 @@ def test_a_dataset_with_nothing_in_it_is_found_wanting(shell: Shell, scenes: Pat
         (["refcoco", "{tmp}", "--check", "--skip-bad"], "leave --check or --skip-bad out"),
         (["refcoco", "{tmp}", "--faults", "{tmp}"], "is a folder; name a file in it"),
         (["refcoco", "{tmp}", "--make", "3"], "only scenes can be made"),
+        (["scenes", "{tmp}/new", "--make", "3", "--check"], "--check writes nothing, so nothing is made"),
         (["refcoco", "{tmp}"], "refs(unc).p is missing"),
         (["refcoco", "{tmp}", "--check-leakage", "{samples}"], "leave the rest out"),
         (["refcoco", "{tmp}", "--faults", "{images}/zarr.json/x"], "lies below a file"),
@@ -184,6 +199,7 @@ def test_a_mistake_gets_one_sentence_with_the_remedy(
     (tmp_path / "empty").mkdir()
     names = {"tmp": str(tmp_path / "empty"), "samples": str(home.samples), "images": str(home.images)}
     assert sentence in shell.mistake("prepare", *(argument.format(**names) for argument in arguments))
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_splits_of_one_store_are_compared(shell: Shell, home: Home) -> None:
@@ -209,10 +225,68 @@ def test_an_image_shared_between_stores_is_found_wanting(
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"), [("a\x1b[2Jb\x9bc", "a\ufffd[2Jb\ufffdc"), ("x\udc80", "x?"), ("a\n\tb", "a\n\tb")]
+    ("text", "shown"),
+    [
+        ("a\x1b[2Jb\x9bc", "a\ufffd[2Jb\ufffdc"),
+        ("x\udc80", "x?"),
+        ("a\n\tb", "a\n\tb"),
+        ("a\u202eb\u2066c\u2028d", "a\ufffdb\ufffdc\ufffdd"),
+        ("\u0448\u05d0\U0001f600", "\u0448\u05d0\U0001f600"),
+    ],
 )
 def test_text_of_others_does_not_steer_the_terminal(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_a_line_of_others_stays_one_line() -> None:
+    assert printable_line("a\nno fault\r\x1b") == "a\ufffdno fault\ufffd\ufffd"
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b2J\u202e"
+
+
+def is_harmless(printed: str) -> bool:
+    return not set(HOSTILE) - set("]0;owned2J") & set(printed)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A dataset of one's own whose splits, tags and ids would steer a terminal."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    Image.new("RGB", (60, 40)).save(folder / "a.png")
+    line = {"image": "a.png", "prompt": f"x{HOSTILE}", "box": [1, 1, 5, 5], "tags": {"k": f"v{HOSTILE}\nnext line"}}
+    lines = [{**line, "split": split + HOSTILE, "id": split + HOSTILE} for split in ("train", "val")]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_nothing_that_is_printed_steers_the_terminal(shell: Shell, hostile: Path, tmp_path: Path) -> None:
+    stores, sheets = tmp_path / "stores", tmp_path / "sheets"
+    for arguments, expected in [
+        (["prepare", "custom", hostile, "--check"], cli.DONE),
+        (["prepare", "custom", hostile, "--out", stores], cli.DONE),
+        (["samples", "show", stores, "--out", sheets], cli.DONE),
+        (["samples", "show", stores, "--out", sheets, "--split", f"val{HOSTILE}"], cli.DONE),
+        (["prepare", "--check-leakage", stores], cli.WANTING),
+    ]:
+        code, printed = shell.run(*arguments)
+        assert code == expected
+        assert "val\ufffd]0;owned" in printed
+        assert is_harmless(printed)
+        assert not [line for line in printed.splitlines() if line.startswith("next line")]
+
+
+def test_a_fault_is_one_line_whatever_it_quotes(shell: Shell, scenes: Path) -> None:
+    path = scenes / "grefs(unc).json"
+    refs = json.loads(path.read_text())
+    refs[0]["ref_id"] = f"1\nno fault{HOSTILE}"
+    path.write_text(json.dumps(refs))
+    code, printed = shell.run("prepare", "scenes", scenes, "--check")
+    assert code == cli.WANTING
+    assert is_harmless(printed)
+    assert "1\ufffdno fault" in printed
+    assert not [line for line in printed.splitlines() if line.startswith("no fault")]
 
 
 def test_a_fault_with_bytes_that_are_no_text_can_be_printed(shell: Shell, scenes: Path) -> None:

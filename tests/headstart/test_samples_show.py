@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -184,6 +185,39 @@ def test_an_image_that_cannot_be_shown_has_a_card_that_says_why(home: Home, harm
     assert reason in remark
 
 
+def test_a_card_of_a_caption_says_that_there_is_no_mask(home: Home) -> None:
+    store = open_samples(home.samples)
+    with_mask = make_card(store, 0, home.folder / "scenes" / "images")
+    store = replace(store, samples=replace(store.samples, targets=[b""] * len(store.samples)))
+    card = make_card(store, 0, home.folder / "scenes" / "images")
+    assert card.note == f"no mask, {with_mask.note}"
+    assert card.truth is None
+    assert not with_mask.note.startswith("no mask")
+
+
+def test_an_image_with_a_name_too_long_to_be_any_is_missing(home: Home) -> None:
+    store = open_samples(home.samples)
+    images = replace(store.samples.images, paths=["x" * 300] * len(store.samples.images))
+    card = make_card(replace(store, samples=replace(store.samples, images=images)), 0, home.folder)
+    assert card.image == f"{'x' * 300} is missing"
+
+
+def test_splits_with_long_names_have_sheets_of_their_own(shell: Shell, tmp_path: Path) -> None:
+    folder, names = tmp_path / "mine", ["\u4e2d" * 300, "\u4e2d" * 299 + "x"]
+    folder.mkdir()
+    Image.new("RGB", (60, 40)).save(folder / "a.png")
+    lines = [{"image": "a.png", "prompt": "x", "box": [1, 1, 5, 5], "split": name} for name in names]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert shell.run("prepare", "custom", folder, "--out", tmp_path / "stores")[0] == cli.DONE
+    sheets = set()
+    for name in names:
+        code, found = shell.json("samples", "show", tmp_path / "stores", "--split", name, "--out", tmp_path / "sheets")
+        assert code == cli.DONE
+        sheets.add(found["sheet"])
+    assert len(sheets) == 2
+    assert all(Path(sheet).is_file() for sheet in sheets)
+
+
 def test_an_image_outside_the_folder_is_not_opened(home: Home) -> None:
     store = open_samples(home.samples)
     images = replace(store.samples.images, paths=["../grefs(unc).json"] * len(store.samples.images))
@@ -207,6 +241,7 @@ def test_a_store_that_does_not_know_its_images_says_so(home: Home) -> None:
         (["{samples}", "--num", "1001"], "--num is 1001"),
         (["{samples}", "--seed", "-1"], "--seed is -1"),
         (["{samples}", "--image-dir", "{tmp}/nowhere"], "--image-dir"),
+        (["{samples}", "--image-dir", "x" * 300], "--image-dir"),
         (["nosuch://bucket/samples.zarr"], "cannot be reached"),
     ],
 )
