@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cache_schema.features import FeatureCache
 from heads.checkpoint import HeadSpec
 from heads.data import CachedSplit, feature_shapes
+from heads.flops import count_flops
 from heads.losses import total_loss
 from heads.train_config import TrainConfig
 
@@ -91,8 +91,7 @@ def dry_run(config: TrainConfig, cache: FeatureCache) -> DryRun:
     )
     batches = [split.load(draw) for draw in split.in_order(config.batch_size)]
     inputs, num = batches[0].inputs.to(device), len(batches[0].samples)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        head(inputs)
+    num_flops = count_flops(head, inputs)
     seconds, kept = [], 0
     for batch in (batches * _STEPS)[:_STEPS]:
         started = time.perf_counter()
@@ -112,7 +111,7 @@ def dry_run(config: TrainConfig, cache: FeatureCache) -> DryRun:
         head=config.head,
         num_parameters=sum(parameter.numel() for parameter in head.parameters()),
         num_trainable=sum(parameter.numel() for parameter in trained),
-        flops_per_prompt=counter.get_total_flops() / num,
+        flops_per_prompt=num_flops / num,
         weight_bytes=sum(parameter.nbytes for parameter in head.parameters())
         + num_trained * (3 + (config.ema is not None)),
         activation_bytes=kept,

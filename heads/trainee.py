@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -164,6 +165,11 @@ class Trainee:
         The scores to report are measured at the images' original sizes, by `evaluate`.
         """
         scores, self._scores = _Scores.gather(self._scores, self._accelerator), _Scores()
+        if not math.isfinite(scores.loss):
+            raise UsageError(
+                f"the validation loss of {self.config.head} is {scores.loss} after step {self.progress.step}: "
+                "lower learning_rate, or clip_norm."
+            )
         has_masks = bool(scores.ious)
         return {
             "val_loss": scores.loss / scores.num,

@@ -20,6 +20,7 @@ from pathlib import Path
 import tyro
 
 from cache_schema.errors import UsageError
+from headstart.bench_commands import BENCH_COMMANDS
 from headstart.cache_commands import CACHE_COMMANDS
 from headstart.command import Command, Wanting
 from headstart.commands import COMMANDS
@@ -65,6 +66,9 @@ def run(argv: Sequence[str]) -> int:
             args=list(argv),
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
         )
+    except BrokenPipeError:  # whoever read the help has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except SystemExit as parsed:  # tyro has printed its help, or what is wrong with the arguments
         return parsed.code if isinstance(parsed.code, int) else MISTAKE
     return _run(command)
@@ -75,6 +79,7 @@ def _make_app() -> tyro.extras.SubcommandApp:
     app.command(
         _make_group(SAMPLES_COMMANDS), name="samples", help="Look into samples stores: statistics and pictures."
     )
+    app.command(_make_group(BENCH_COMMANDS), name="bench", help="Compare heads under one budget.")
     cache = _make_group(CACHE_COMMANDS)
     app.command(cache, name="cache", help="Look into stores, check, repair, convert and clear them.")
     return app

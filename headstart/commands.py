@@ -15,6 +15,7 @@ from cache_schema.errors import UsageError
 from headstart.command import Command, Json, Place
 from headstart.extract_commands import Encoders, Extract, Plan
 from headstart.prepare_commands import PREPARE_COMMANDS
+from headstart.sweep_commands import Sweep
 
 RECIPE_NAMES = tuple("linear cross_attention juras pseg pseg-tokens clipseg film text-driven talk2dino".split())
 """The names in headstart.recipes.RECIPES, which is slow to import where only --help is asked for."""
@@ -89,7 +90,7 @@ class Train:
             from heads.dry_run import dry_run
 
             found = [dry_run(config, cache) for config in configs]
-            print("\n".join(tried.table() for tried in found))
+            print("\n".join(f"{recipe}: {tried.table()}" for recipe, tried in zip(recipes, found, strict=True)))
             return self._result([tried.to_dict() for tried in found])
         runs = api.train_heads(configs, cache, self.runs, residency=self.residency, trackers=self.trackers)
         for run in runs:
@@ -213,6 +214,7 @@ COMMANDS: dict[str, type[Command]] = {
     "plan": Plan,
     "extract": Extract,
     "train": Train,
+    "sweep": Sweep,
     "evaluate": Evaluate,
     "predict": Predict,
     "publish": Publish,

@@ -186,11 +186,15 @@ def _like(key: str, value: Any, example: Any) -> Any:
         fits = len(value) == len(example) and all(type(item) in (int, type(example[0])) for item in value)
     if fits and key in ("loss", "rates"):
         fits = all(type(weight) in (int, float) for weight in value.values())
+        value = {name: float(weight) for name, weight in value.items()} if fits else value
     if not fits:
         shown = {int: 5, float: 0.999}.get(kind, example) if key in _OPTIONAL else example
         raise UsageError(f"{key} cannot be {value!r}: give something like {shown!r}.")
     return value
 
+
+_NOT_JSON = {"True": "true", "False": "false", "None": "null"}
+"""What Python calls them; taken as text, each would count as true."""
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainConfig)} - {"arguments", "head"}
 
@@ -206,6 +210,8 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UsageError(f"{pair!r} is not a setting: write key=value, such as epochs=5.")
+        if value in _NOT_JSON:
+            raise UsageError(f"{pair!r} is not JSON: write {key}={_NOT_JSON[value]}.")
         try:
             parsed[key] = json.loads(value)
         except ValueError:

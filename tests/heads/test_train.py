@@ -460,3 +460,12 @@ def test_without_trackers_metrics_alone_are_written(feature_cache: FeatureCache,
     run = train(LINEAR, feature_cache, tmp_path / "run", trackers=())
     assert len(read_history(run.run_dir)) == LINEAR.epochs
     assert not (run.run_dir / "tensorboard").exists()
+
+
+def test_a_head_that_explodes_at_the_last_step_is_the_users_to_mend(
+    feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    steep = dataclasses.replace(LINEAR, learning_rate=1e30, epochs=2, clip_norm=0.0)
+    with pytest.raises(UsageError, match="lower learning_rate"):
+        train(steep, feature_cache, tmp_path / "run")
+    assert not (tmp_path / "run" / "best").exists()

@@ -10,7 +10,7 @@ from cache_schema.errors import UsageError
 from heads import HEADS, build_head
 from heads.inputs import FeatureShapes
 from headstart.commands import RECIPE_NAMES
-from headstart.recipes import RECIPES, make_config, make_configs
+from headstart.recipes import RECIPES, make_config, make_configs, parse_overrides
 
 LAYERS = ("3", "4", "6", "7", "9", "10", "11", "last")
 SHAPES = FeatureShapes(
@@ -103,6 +103,7 @@ def test_what_cannot_be_meant_is_said(recipes: list[str], settings: dict[str, An
         ("betas", [0.9, 0.95], (0.9, 0.95)),
         ("target_size", [64, 32], (64, 32)),
         ("rates", {"neck": 0.1}, {"neck": 0.1}),
+        ("loss", {"bce": 1}, {"bce": 1.0}),
         ("loss_arguments", {"bce": {}}, {"bce": {}}),
     ],
 )
@@ -129,3 +130,14 @@ def test_values_of_the_right_kind_are_taken(key: str, value: Any, kept: Any) -> 
 def test_values_of_another_kind_are_refused_with_an_example(key: str, value: Any, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         make_config("linear", {key: value})
+
+
+def test_a_whole_number_and_its_float_are_one_run() -> None:
+    configs = [make_config("linear", {"loss": {"bce": weight}, "learning_rate": weight}) for weight in (1, 1.0)]
+    assert repr(configs[0]) == repr(configs[1])
+
+
+@pytest.mark.parametrize("value", ["True", "False", "None"])
+def test_words_of_python_are_not_taken_for_text(value: str) -> None:
+    with pytest.raises(UsageError, match=f"refined={value}' is not JSON: write refined="):
+        parse_overrides([f"refined={value}"])
