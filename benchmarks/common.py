@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
 from cache_schema import atomic
+from cache_schema.errors import UsageError
 
 Rates = Mapping[str, Sequence[float]]
 """The rate of every contender in every round, by the contender's name."""
@@ -145,6 +146,36 @@ def take_turns(
         for name in (*names[first:], *names[:first]):
             rates[name].append(contenders[name]())
     return rates
+
+
+class HasJson(Protocol):
+    """A config that may name a file for the report."""
+
+    @property
+    def json(self) -> Path | None: ...
+
+
+C = TypeVar("C", bound=HasJson)
+
+
+def measure_and_tell(parse: Callable[[], C], run: Callable[[C], Report]) -> int:
+    """Parse a command line, measure, print what was found, and write it where the config's `json` says.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        config = parse()
+        report = run(config)
+    except SystemExit as parsed:  # tyro has printed its help, or what is wrong with the arguments
+        return parsed.code if isinstance(parsed.code, int) else 2
+    except UsageError as mistake:
+        to_stderr(f"error: {mistake}")
+        return 2
+    print(report.to_text())
+    if config.json:
+        report.write_json(config.json)
+    return 0
 
 
 def to_stderr(line: str) -> None:

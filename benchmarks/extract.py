@@ -20,7 +20,7 @@ import tyro
 
 from benchmarks.apart import measure_apart
 from benchmarks.checkpoints import ImageModel, save_clip_text
-from benchmarks.common import Library, Report, Row, describe_machine, to_stderr
+from benchmarks.common import Library, Report, Row, describe_machine, measure_and_tell, to_stderr
 from benchmarks.images import write_images, write_task
 from benchmarks.measuring import Measure, Request, Rounds, measure_rounds, rate_rows, rates_of, stage_rows
 from benchmarks.overlap import CASES, measure_overlap
@@ -129,20 +129,12 @@ class ExtractConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    try:
-        config = tyro.cli(
+    return measure_and_tell(
+        lambda: tyro.cli(
             ExtractConfig, prog="python -m benchmarks.extract", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-        report = run(config.shortened() if config.quick else config)
-    except SystemExit as parsed:  # tyro has printed its help, or what is wrong with the arguments
-        return parsed.code if isinstance(parsed.code, int) else 2
-    except UsageError as mistake:
-        to_stderr(f"error: {mistake}")
-        return 2
-    print(report.to_text())
-    if config.json:
-        report.write_json(config.json)
-    return 0
+        ),
+        lambda config: run(config.shortened() if config.quick else config),
+    )
 
 
 def run(config: ExtractConfig, measure: Measure = measure_apart) -> Report:

@@ -17,10 +17,10 @@ from typing import Any, get_args
 
 import tyro
 
-from benchmarks.common import Library, Report, Row, describe_machine, take_turns, to_stderr
+from benchmarks.common import Library, Report, Row, describe_machine, measure_and_tell, take_turns, to_stderr
 from benchmarks.preparing import Prepared, Request, prepare_apart
 from benchmarks.refer import LEAST_POINTS, MOST_POINTS, SAMPLES_PER_IMAGE, Layout, write_annotations, write_images
-from cache_schema.errors import UsageError, require_at_least
+from cache_schema.errors import require_at_least
 
 LIBRARIES = tuple(
     Library(*names)
@@ -69,20 +69,12 @@ class BenchmarkConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    try:
-        config = tyro.cli(
+    return measure_and_tell(
+        lambda: tyro.cli(
             BenchmarkConfig, prog="python -m benchmarks.prepare", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-        report = run(config.shortened() if config.quick else config)
-    except SystemExit as parsed:  # tyro has printed its help, or what is wrong with the arguments
-        return parsed.code if isinstance(parsed.code, int) else 2
-    except UsageError as mistake:
-        to_stderr(f"error: {mistake}")
-        return 2
-    print(report.to_text())
-    if config.json:
-        report.write_json(config.json)
-    return 0
+        ),
+        lambda config: run(config.shortened() if config.quick else config),
+    )
 
 
 def run(config: BenchmarkConfig, measure: Measure = prepare_apart) -> Report:

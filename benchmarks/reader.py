@@ -25,7 +25,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from benchmarks import arrays, loaders, writers
-from benchmarks.common import Library, Rates, Report, Row, describe_machine, take_turns, to_stderr
+from benchmarks.common import Library, Rates, Report, Row, describe_machine, measure_and_tell, take_turns, to_stderr
 from benchmarks.contenders import Contender
 from benchmarks.rows import DTYPE, Pass, Rows, empty_cache
 from benchmarks.writers import Writer
@@ -101,20 +101,12 @@ class ReaderConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    try:
-        config = tyro.cli(
+    return measure_and_tell(
+        lambda: tyro.cli(
             ReaderConfig, prog="python -m benchmarks.reader", args=argv, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-        report = measure(config)
-    except SystemExit as parsed:  # tyro has printed its help, or what is wrong with the arguments
-        return parsed.code if isinstance(parsed.code, int) else 2
-    except UsageError as mistake:
-        to_stderr(f"error: {mistake}")
-        return 2
-    print(report.to_text())
-    if config.json:
-        report.write_json(config.json)
-    return 0
+        ),
+        measure,
+    )
 
 
 def measure(config: ReaderConfig) -> Report:

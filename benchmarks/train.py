@@ -24,7 +24,7 @@ import tyro
 from accelerate import Accelerator
 
 from benchmarks.checkpoints import ImageModel, save_clip_text
-from benchmarks.common import Library, Report, Row, describe_machine, take_turns, to_stderr
+from benchmarks.common import Library, Report, Row, describe_machine, measure_and_tell, take_turns, to_stderr
 from cache_schema.errors import UsageError, require_at_least
 from cache_schema.features import FeatureCache, open_cache
 from extract.datasets.scenes import ScenesConfig, make_scenes
@@ -91,18 +91,10 @@ class TrainBenchmarkConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    try:
-        config = tyro.cli(TrainBenchmarkConfig, prog="python -m benchmarks.train", args=argv)
-        report = run(config)
-    except SystemExit as parsed:  # tyro has printed its help, or what is wrong with the arguments
-        return parsed.code if isinstance(parsed.code, int) else 2
-    except UsageError as mistake:
-        to_stderr(f"error: {mistake}")
-        return 2
-    print(report.to_text())
-    if config.json:
-        report.write_json(config.json)
-    return 0
+    return measure_and_tell(
+        lambda: tyro.cli(TrainBenchmarkConfig, prog="python -m benchmarks.train", args=argv),
+        run,
+    )
 
 
 def run(config: TrainBenchmarkConfig) -> Report:

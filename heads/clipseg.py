@@ -134,10 +134,7 @@ def build_clipseg(
             f"CLIPSeg reads layers {', '.join(LAYERS)}, of which {', '.join(absent)} were not cached; name others with "
             f"`layers`, the shallowest first, out of {', '.join(shapes.grids)}."
         )
-    layers = shapes.layers([layers] if isinstance(layers, str) else layers or LAYERS)
-    grids = {shapes.grids[layer][:2] for layer in layers}
-    if len(grids) != 1:
-        raise ValueError(f"layers {', '.join(layers)} have different grids ({sorted(grids)}); name layers of one grid")
+    layers = shapes.layers_of_one_grid([layers] if isinstance(layers, str) else layers or LAYERS)
     for name, count in (("dim", dim), ("num_heads", num_heads), ("hidden_dim", hidden_dim), ("patch_size", patch_size)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1")

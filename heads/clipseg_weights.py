@@ -19,6 +19,7 @@ from torch import nn
 
 from cache_schema.errors import UsageError
 from cache_schema.fingerprint import digest_file
+from heads.checkpoint_files import find_checkpoint_file
 
 if TYPE_CHECKING:
     from heads.clipseg import CLIPSegHead
@@ -81,7 +82,9 @@ def load_clipseg_weights(head: CLIPSegHead, source: str, *, strict: bool = True)
     Raises:
         UsageError: there is no such checkpoint, or it does not fit.
     """
-    config_path, weights_path = (find_checkpoint_file(source, name) for name in ("config.json", "model.safetensors"))
+    config_path, weights_path = (
+        find_checkpoint_file(source, name, example=PUBLISHED) for name in ("config.json", "model.safetensors")
+    )
     differences = _compare_settings(head, source, config_path)
     try:
         with safe_open(weights_path, "pt") as file:
@@ -113,30 +116,6 @@ def load_clipseg_weights(head: CLIPSegHead, source: str, *, strict: bool = True)
         for name, value in weights.items():
             state[name].copy_(value)
     return report
-
-
-def find_checkpoint_file(source: str, name: str, *, example: str = PUBLISHED) -> Path:
-    """A file of a checkpoint: in a folder, or from the hub or its cache.
-
-    Raises:
-        UsageError: there is no such folder or model, or it lacks the file.
-    """
-    if Path(source).is_dir():
-        path = Path(source) / name
-        if not path.is_file():
-            raise UsageError(f"{source} holds no {name}: name a folder that save_pretrained wrote.")
-        return path
-    if source.count("/") != 1 or source.startswith((".", "~", "/")):
-        raise UsageError(f"no checkpoint at {source}: there is no such folder.")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source, name))
-    except (OSError, ValueError) as error:  # which all errors of the hub are, offline ones too
-        raise UsageError(
-            f"no checkpoint {source!r}: there is no such folder, and the hub did not hand out {name} "
-            f"({str(error).splitlines()[0]}). Name a folder, or a model such as {example}."
-        ) from error
 
 
 def _compare_settings(head: CLIPSegHead, source: str, path: Path) -> tuple[str, ...]:

@@ -183,10 +183,7 @@ def build_cross_attention(
     for name, count in (("num_heads", num_heads), ("hidden_dim", hidden_dim), ("depth", depth), ("upsample", upsample)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1")
-    layers = shapes.layers([layers] if isinstance(layers, str) else layers)
-    grids = {shapes.grids[layer][:2] for layer in layers}
-    if len(grids) != 1:
-        raise ValueError(f"layers {', '.join(layers)} have different grids ({sorted(grids)}); name layers of one grid")
+    layers = shapes.layers_of_one_grid([layers] if isinstance(layers, str) else layers)
     return CrossAttentionHead(
         image_width=sum(shapes.grids[layer][2] for layer in layers),
         token_width=shapes.token_width,

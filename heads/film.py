@@ -159,10 +159,7 @@ def build_film(
 
     Several layers are projected to the width of the last of them unless `dim` names another.
     """
-    layers = shapes.layers([layers] if isinstance(layers, str) else layers)
-    grids = {shapes.grids[layer][:2] for layer in layers}
-    if len(grids) != 1:
-        raise ValueError(f"layers {', '.join(layers)} have different grids ({sorted(grids)}); name layers of one grid")
+    layers = shapes.layers_of_one_grid([layers] if isinstance(layers, str) else layers)
     if dim is None and len(layers) > 1:
         dim = shapes.grids[layers[-1]][2]
     width = shapes.grids[layers[-1]][2] if dim is None else dim

@@ -45,6 +45,21 @@ class FeatureShapes:
                 raise unknown_name("layer", name, self.grids)
         return names
 
+    def layers_of_one_grid(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        """`layers`, which must have equal grids.
+
+        Raises:
+            UsageError: a layer was not cached.
+            ValueError: their grids differ.
+        """
+        layers = self.layers(names)
+        grids = {self.grids[layer][:2] for layer in layers}
+        if len(grids) != 1:
+            raise ValueError(
+                f"layers {', '.join(layers)} have different grids ({sorted(grids)}); name layers of one grid"
+            )
+        return layers
+
     def require_cls(self, *layers: str) -> None:
         """Make sure that layers were cached with their CLS tokens.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cache_schema.errors import UsageError
 from cache_schema.fingerprint import digest_file
+from heads.checkpoint_files import find_checkpoint_file
 
 POSITIONS = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 """Where a checkpoint keeps the frequencies of its positions: one tensor under two names, of which one may be saved."""
@@ -123,24 +124,9 @@ def load_sam(head: nn.Module, source: str, *, num_heads: int) -> SamReport:
 
 
 def _find(source: str, name: str) -> Path:
-    """A file of a checkpoint: in a folder, or from the hub or its cache."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        if not path.is_file():
-            raise UsageError(f"{source} holds no {name}: name a folder that SamModel.save_pretrained wrote.")
-        return path
-    if source.count("/") != 1 or source.startswith((".", "~", "/")):
-        raise UsageError(f"no SAM checkpoint at {source}: there is no such folder.")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source, name))
-    except (OSError, ValueError) as error:  # which all errors of the hub are, offline ones too
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(
-            f"no SAM checkpoint {source!r}: there is no such folder, and the hub did not hand out {name} ({reason}). "
-            "Name a folder, or a model such as facebook/sam-vit-base."
-        ) from error
+    return find_checkpoint_file(
+        source, name, noun="SAM checkpoint", writer="SamModel.save_pretrained", example="facebook/sam-vit-base"
+    )
 
 
 def _check_config(source: str, path: Path, num_heads: int) -> None:

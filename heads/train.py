@@ -23,7 +23,7 @@ from heads.runs import FINISHED, STATE, Training, read_training, refuse_other_ru
 from heads.train_config import TrainConfig
 from heads.trainee import Trainee
 
-_SHARED = ("epochs", "batch_size", "prompts_per_image", "order_seed", "train_split", "val_split", "val_samples")
+SHARED_SETTINGS = ("epochs", "batch_size", "prompts_per_image", "order_seed", "train_split", "val_split", "val_samples")
 """What heads that are trained in one pass must have in common, since they are given the same batches."""
 
 
@@ -234,7 +234,7 @@ def _require_shared(requests: Sequence[TrainRequest]) -> None:
         raise UsageError("two of these runs are the same: name each recipe once, or give them other settings.")
     first = requests[0].config
     for request in requests[1:]:
-        for name in _SHARED:
+        for name in SHARED_SETTINGS:
             mine, its = getattr(request.config, name), getattr(first, name)
             if mine != its:
                 name = "data_seed" if name == "order_seed" else name

@@ -17,13 +17,11 @@ from heads.data import Residency, feature_shapes
 from heads.dry_run import DryRun, dry_run
 from heads.inputs import FeatureShapes
 from heads.runs import has_state, read_training, run_name
+from heads.train import SHARED_SETTINGS
 from heads.train_config import TrainConfig
 from headstart.api import _is_untrained, train_heads
 from headstart.encoders import UNTRAINED_NOTE
 from headstart.recipes import make_configs
-
-_ONE_BUDGET = ("epochs", "batch_size", "prompts_per_image", "train_split", "val_split", "val_samples")
-"""What is the same for all heads: they are given the same batches."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def _fault(config: TrainConfig, shapes: FeatureShapes, run_dirs: Sequence[Path])
 def _require_one_budget(configs: Mapping[str, TrainConfig]) -> None:
     """All differences at once, each with its remedy."""
     faults = []
-    for name in _ONE_BUDGET:
+    for name in SHARED_SETTINGS:
         values = {recipe: getattr(config, name) for recipe, config in configs.items()}
         if len(set(values.values())) > 1:
             said = ", ".join(f"{recipe} {value}" for recipe, value in values.items())

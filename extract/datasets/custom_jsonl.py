@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from cache_schema.errors import unknown_name
 from cache_schema.masks import Size, empty_mask, encode_mask, is_empty, union_of_segmentations
 from extract.datasets.faults import AnnotationError, Fields, FileFaults, is_text, type_name
+from extract.datasets.json_files import refuse_constant
 from extract.datasets.mask_files import read_mask
 from extract.datasets.places import Folder, find_image_dir
 from extract.datasets.records import Dataset, SampleRecord, Source
@@ -118,7 +119,7 @@ def _lines(path: Path, faults: FileFaults) -> Iterator[tuple[int, bytes]]:
 def _parse(line: bytes) -> Any:
     """The JSON value of a line; ValueError says what is wrong with it."""
     try:
-        return json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        return json.loads(line.decode(), parse_constant=refuse_constant, object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as fault:
         raise ValueError(f"its byte {fault.start + 1} is not valid UTF-8; save the file as UTF-8") from fault
     except json.JSONDecodeError as fault:
@@ -135,10 +136,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         raise ValueError(f"the key {twice!r} is there twice; give it once")
     return content
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"the number {name} is not JSON")
 
 
 class _LineReader:

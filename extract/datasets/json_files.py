@@ -125,7 +125,7 @@ def parse(raw: msgspec.Raw | bytes) -> Any:
     `Fields` reports both.
     """
     try:
-        return json.loads(str(memoryview(raw), "utf-8", "surrogateescape"), parse_constant=_refuse_constant)
+        return json.loads(str(memoryview(raw), "utf-8", "surrogateescape"), parse_constant=refuse_constant)
     except (ValueError, RecursionError):  # ValueError: also numbers of thousands of digits
         return Unreadable()
 
@@ -198,7 +198,7 @@ def _explain(path: Path, fault: Exception | None) -> NoReturn:
     """Say in which line and column a file is no JSON; the fast parser knows the byte only."""
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as found:
         raise AnnotationError(
             f"{path} is not valid JSON: {found.msg} at line {found.lineno}, column {found.colno}. "
@@ -229,5 +229,6 @@ def _other_type(path: Path, wanted: type, found: Any) -> str:
     return f"{path} must hold {TYPE_NAMES[wanted]}, holds {type_name(found)}. Is it another dataset's file?"
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """For `json.loads`, which by itself takes NaN and Infinity."""
     raise ValueError(f"the number {name} is not JSON")
