@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,6 +40,9 @@ _INCIDENTAL_TO_AN_ADAPTER = frozenset(
         "task_type",
     }
 )
+_loading = threading.Lock()
+"""transformers replaces functions of its classes while it loads a model: two threads at it would leave them so."""
+
 _REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError)
 """What transformers, PEFT, torch and safetensors raise where a file is missing, cut short or of another model."""
 
@@ -52,17 +56,18 @@ def load_checkpoint(model_class: type[PreTrainedModel], source: str, **config_ch
     Raises:
         UsageError: nothing is there to load, or some weights of the model are missing from it or have another shape.
     """
-    model, report = from_hub(
-        source,
-        lambda: model_class.from_pretrained(
+    with _loading:
+        model, report = from_hub(
             source,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused below
-            **config_changes,
-        ),
-    )
+            lambda: model_class.from_pretrained(
+                source,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and refused below
+                **config_changes,
+            ),
+        )
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     missing = sorted({*report["missing_keys"], *mismatched})
     if missing:

@@ -6,7 +6,9 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cache_schema.errors import UsageError
 from cache_schema.fingerprint import canonical_json, fingerprint
@@ -153,6 +156,27 @@ def test_a_pickled_checkpoint_of_weights_alone_is_the_same_checkpoint(
     (checkpoint / "model.safetensors").unlink()
     torch.save(load_tower(checkpoints["dinov2"]).state_dict(), checkpoint / "pytorch_model.bin")
     assert load(checkpoint).identity == load(checkpoints["dinov2"]).identity
+
+
+def test_threads_that_load_at_once_take_turns(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or transformers, which replaces functions of its classes while it loads, would put the replaced ones back."""
+    model_class, tie_weights = type(load_tower(checkpoints["dinov2"])), PreTrainedModel.tie_weights
+    from_pretrained, met = model_class.from_pretrained, threading.Barrier(2)
+    meetings = []
+
+    def meet(*args: Any, **options: Any) -> Any:
+        try:
+            met.wait(0.2)
+            meetings.append(1)
+        except threading.BrokenBarrierError:
+            pass
+        return from_pretrained(*args, **options)
+
+    monkeypatch.setattr(model_class, "from_pretrained", meet)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(load, [checkpoints["dinov2"]] * 2))
+    assert not meetings
+    assert PreTrainedModel.tie_weights is tie_weights
 
 
 def test_code_in_a_checkpoint_is_left_alone(checkpoints: dict[str, Path], tmp_path: Path) -> None:
