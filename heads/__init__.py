@@ -33,6 +33,15 @@ def head_arguments(name: str) -> set[str]:
     return set(inspect.signature(HEADS[name]).parameters) - {"shapes"}
 
 
+def plain_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a head with whole numbers as floats where it takes floats: 10 and 10.0 make one and the same run."""
+    parameters = inspect.signature(HEADS[name]).parameters
+    return {
+        key: float(value) if type(value) is int and str(parameters[key].annotation).startswith("float") else value
+        for key, value in arguments.items()
+    }
+
+
 def build_head(name: str, shapes: FeatureShapes, arguments: Mapping[str, Any]) -> Head:
     """Build a head by name.
 

@@ -1,8 +1,9 @@
 """Losses that compare prompts with images, as functions of `Embeddings` and of which image each prompt is about.
 
 All work on the b x b pairs of a batch of b prompts: row i is prompt i, column j the image of prompt j. An image with
-several prompts in the batch has several columns, as if it had been loaded once for each of them. Vectors are normalised
-along their channels here, and everything is computed in float32, under autocast too.
+several prompts in the batch has several columns, as if it had been loaded once for each of them. `image_ids`, a number
+for each of the i images, are equal for those that are one and the same, such as two views of it; by default none are.
+Vectors are normalised along their channels here, and everything is computed in float32, under autocast too.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ or each pair's own prompt, also where the image is another's."""
 def info_nce(
     embeddings: Embeddings,
     image_index: Int[Tensor, " b"],
+    image_ids: Int[Tensor, " i"] | None = None,
     *,
     select: Select = "own",
     same_image: SameImage = "negatives",
@@ -54,12 +56,16 @@ def info_nce(
         over_batch_squared: divide the means by b^2, as its code does by accident. Adam does not see the factor, but for
             its epsilon, which grows by as much against the gradients; beside other losses this one all but vanishes.
     """
-    loss = _symmetric_cross_entropy(embeddings, image_index, select, same_image)
+    loss = _symmetric_cross_entropy(embeddings, image_index, image_ids, select, same_image)
     return loss / image_index.shape[0] ** 2 if over_batch_squared else loss
 
 
 def clip_contrastive(
-    embeddings: Embeddings, image_index: Int[Tensor, " b"], *, same_image: SameImage = "masked"
+    embeddings: Embeddings,
+    image_index: Int[Tensor, " b"],
+    image_ids: Int[Tensor, " i"] | None = None,
+    *,
+    same_image: SameImage = "masked",
 ) -> Float[Tensor, ""]:
     """CLIP's loss (Radford et al. 2021): `info_nce` without its b^2; with one candidate, say a CLS token, no choosing.
 
@@ -67,11 +73,15 @@ def clip_contrastive(
         same_image: see `SameImage`. By default prompts of one image are left out of each other's softmax; CLIP, whose
             batches hold no image twice, has no word on it, and JurasSigLIP's first stage takes `"negatives"`.
     """
-    return _symmetric_cross_entropy(embeddings, image_index, "own", same_image)
+    return _symmetric_cross_entropy(embeddings, image_index, image_ids, "own", same_image)
 
 
 def sigmoid_contrastive(
-    embeddings: Embeddings, image_index: Int[Tensor, " b"], *, select: Select = "own"
+    embeddings: Embeddings,
+    image_index: Int[Tensor, " b"],
+    image_ids: Int[Tensor, " i"] | None = None,
+    *,
+    select: Select = "own",
 ) -> Float[Tensor, ""]:
     """SigLIP's loss (Zhai et al. 2023): -1/b sum_ij log sigmoid(z_ij (s t_i . v_j + c)).
 
@@ -88,17 +98,21 @@ def sigmoid_contrastive(
         )
     with _float32(embeddings):
         logits = embeddings.scale.float() * _similarities(embeddings, image_index, select) + embeddings.bias.float()
-        signs = torch.where(_of_one_image(image_index), 1.0, -1.0)
+        signs = torch.where(_of_one_image(image_index, image_ids), 1.0, -1.0)
         return -F.logsigmoid(signs * logits).sum() / image_index.shape[0]
 
 
 def _symmetric_cross_entropy(
-    embeddings: Embeddings, image_index: Int[Tensor, " b"], select: Select, same_image: SameImage
+    embeddings: Embeddings,
+    image_index: Int[Tensor, " b"],
+    image_ids: Int[Tensor, " i"] | None,
+    select: Select,
+    same_image: SameImage,
 ) -> Float[Tensor, ""]:
     with _float32(embeddings):
         logits = _scale(embeddings) * _similarities(embeddings, image_index, select)
         own = torch.eye(image_index.shape[0], dtype=torch.bool, device=logits.device)
-        siblings = _of_one_image(image_index)
+        siblings = _of_one_image(image_index, image_ids)
         if same_image == "masked":
             logits = logits.masked_fill(siblings & ~own, -torch.inf)
         positives = siblings if same_image == "positives" else own
@@ -138,8 +152,9 @@ def _scale(embeddings: Embeddings) -> Float[Tensor, ""] | float:
     return capped
 
 
-def _of_one_image(image_index: Int[Tensor, " b"]) -> Bool[Tensor, "b b"]:
-    return image_index[:, None] == image_index[None, :]
+def _of_one_image(image_index: Int[Tensor, " b"], image_ids: Int[Tensor, " i"] | None) -> Bool[Tensor, "b b"]:
+    ids = image_index if image_ids is None else image_ids[image_index]
+    return ids[:, None] == ids[None, :]
 
 
 def _float32(embeddings: Embeddings) -> torch.autocast:

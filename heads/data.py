@@ -105,7 +105,8 @@ class CachedSplit:
     Args:
         target_size: (H, W) at which targets are kept, bit-packed, decoded from their run lengths once; several of
             them, or None for a split whose targets nobody asks for.
-        layers: layers to load; by default all that were cached.
+        layers: layers to load, with their CLS tokens; by default all that were cached.
+        grids: those of the layers whose token grids are loaded; by default all of them.
         attention: attention outputs to load.
         first: so many samples of the split at most, the first ones; None for all.
         residency: `"device"` keeps every feature on `device`, `"ram"` in memory, `"disk"` reads at each batch; `"auto"`
@@ -129,15 +130,18 @@ class CachedSplit:
         all_views: bool = False,
         attention: Sequence[str] = (),
         first: int | None = None,
+        grids: Sequence[str] | None = None,
     ) -> None:
         layers = tuple(cache.images.layers if layers is None else layers)
+        grids = layers if grids is None else tuple(grids)
         _require_layers(cache, layers)
         samples = cache.samples.samples
         self.samples = cache.usable_samples(split)[:first]
         if not len(self.samples):
             raise UsageError(f"split {split!r} holds no sample whose image could be encoded; see the store's ledger.")
         self.target_sizes = _sizes(target_size)
-        self._place_of_sample = {sample: place for place, sample in enumerate(self.samples.tolist())}
+        self._place_of_sample = np.full(int(self.samples.max()) + 1, -1)
+        self._place_of_sample[self.samples] = np.arange(len(self.samples))
         self._image_of = cache.image_rows[samples.image_rows[self.samples]]
         self._prompt_of = cache.prompt_rows[samples.prompt_rows[self.samples]]
         self._num_views = len(cache.images.fixed_specs) if all_views else 1
@@ -153,7 +157,7 @@ class CachedSplit:
         self._tokens = torch.from_numpy(cache.prompts.tokens())
         self._pooled = torch.from_numpy(cache.prompts.pooled())
         rows = np.unique(self._image_of[:, None] + np.arange(self._num_views))
-        self._arrays = _Arrays(cache, layers, attention, rows, residency, torch.device(device))
+        self._arrays = _Arrays(cache, layers, grids, attention, rows, residency, torch.device(device))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -200,8 +204,9 @@ class CachedSplit:
 
     def load(self, draw: Draw) -> Batch:
         """Inputs and targets of some samples of this split, in that order. Features stay in their stored data type."""
-        places = np.array([self._place_of_sample[sample] for sample in draw.samples.tolist()])
-        rows, image_index = np.unique(self._image_of[places] + draw.views, return_inverse=True)
+        places = self._place_of_sample[draw.samples]
+        whole = self._image_of[places]
+        rows, first, image_index = np.unique(whole + draw.views, return_index=True, return_inverse=True)
         prompts = torch.from_numpy(self._prompt_of[places])
         starts, stops = self._offsets[prompts], self._offsets[prompts + 1]
         lengths = stops - starts
@@ -219,7 +224,8 @@ class CachedSplit:
             attention=self._arrays.load("attention", rows),
         )
         no_target = self._no_target[torch.from_numpy(places)]
-        unmasked = Targets(torch.empty(len(places), 0, 0), no_target, None, inputs.image_index)
+        image_ids = torch.from_numpy(whole[first])
+        unmasked = Targets(torch.empty(len(places), 0, 0), no_target, None, inputs.image_index, image_ids)
         targets_at = {
             size: replace(unmasked, masks=masks, labelled=labelled)
             for size, (masks, labelled) in (
@@ -242,15 +248,16 @@ class _Arrays:
         self,
         cache: FeatureCache,
         layers: Sequence[str],
+        grids: Sequence[str],
         attention: Sequence[str],
         rows: NDArray[np.int64],
         residency: Residency,
         device: torch.device,
     ) -> None:
         images = cache.images
-        scales = {layer: images.scale(layer) for layer in layers}
+        scales = {layer: images.scale(layer) for layer in grids}
         self._readers: dict[str, dict[str, RowReader]] = {
-            "features": {layer: images.features(layer) for layer in layers},
+            "features": {layer: images.features(layer) for layer in grids},
             "scale": {layer: reader for layer, reader in scales.items() if reader is not None},
             "cls": {layer: images.cls(layer) for layer in layers if layer in images.cls_layers},
             "attention": {name: images.attention(name) for name in attention},

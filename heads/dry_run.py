@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from cache_schema.features import FeatureCache
 from heads.checkpoint import HeadSpec
 from heads.data import CachedSplit, feature_shapes
+from heads.embedding import Embedder
 from heads.flops import count_flops
+from heads.inputs import Head
 from heads.losses import total_loss
 from heads.train_config import TrainConfig
 
@@ -90,6 +92,7 @@ def dry_run(config: TrainConfig, cache: FeatureCache) -> DryRun:
         first=config.batch_size * _STEPS,
     )
     batches = [split.load(draw) for draw in split.in_order(config.batch_size)]
+    learner = Embedder(head) if config.compares_only else head
     inputs, num = batches[0].inputs.to(device), len(batches[0].samples)
     num_flops = count_flops(head, inputs)
     seconds, kept = [], 0
@@ -97,7 +100,7 @@ def dry_run(config: TrainConfig, cache: FeatureCache) -> DryRun:
         started = time.perf_counter()
         targets = batch.targets_at.get(config.target_size, batch.unmasked).to(device)
         with _counting(head) as saved:
-            loss = total_loss(head(batch.inputs.to(device)), targets, config.loss, config.loss_arguments)
+            loss = total_loss(learner(batch.inputs.to(device)), targets, config.loss, config.loss_arguments)
         loss.backward()  # type: ignore[no-untyped-call]
         loss.detach().item()  # waits for the device
         seconds.append(time.perf_counter() - started)
@@ -115,7 +118,7 @@ def dry_run(config: TrainConfig, cache: FeatureCache) -> DryRun:
         weight_bytes=sum(parameter.nbytes for parameter in head.parameters())
         + num_trained * (3 + (config.ema is not None)),
         activation_bytes=kept,
-        feature_bytes=_feature_bytes(cache, config, head.layers, head.attention),
+        feature_bytes=_feature_bytes(cache, config, head),
         steps_per_epoch=steps_per_epoch,
         step_s=step_s,
         epoch_s=step_s * steps_per_epoch,
@@ -124,17 +127,16 @@ def dry_run(config: TrainConfig, cache: FeatureCache) -> DryRun:
     )
 
 
-def _feature_bytes(
-    cache: FeatureCache, config: TrainConfig, layers: tuple[str, ...], attention: tuple[str, ...]
-) -> int:
-    """Bytes of the arrays that a head reads, for the images of the training split."""
+def _feature_bytes(cache: FeatureCache, config: TrainConfig, head: Head) -> int:
+    """Bytes of the arrays that a head learns from, for the images of the training split."""
     samples, images = cache.samples.samples, cache.images
     rows = cache.usable_samples(config.train_split)
     num_images = len(set(samples.image_rows[rows].tolist())) * len(images.fixed_specs)
-    readers = [images.features(layer) for layer in layers]
-    readers += [reader for layer in layers if (reader := images.scale(layer)) is not None]
-    readers += [images.cls(layer) for layer in layers if layer in images.cls_layers]
-    readers += [images.attention(name) for name in attention]
+    grids = head.embedded_layers if config.compares_only else head.layers
+    readers = [images.features(layer) for layer in grids]
+    readers += [reader for layer in grids if (reader := images.scale(layer)) is not None]
+    readers += [images.cls(layer) for layer in head.layers if layer in images.cls_layers]
+    readers += [images.attention(name) for name in head.attention]
     return num_images * sum(reader.layout.row_bytes for reader in readers)
 
 

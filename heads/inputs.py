@@ -175,7 +175,8 @@ class HeadOutputs:
     """What a head says of b prompts.
 
     Args:
-        mask_logits: at the head's own resolution; a pixel belongs to the mask where they are above 0.
+        mask_logits: at the head's own resolution; a pixel belongs to the mask where they are above 0. They are 0 x 0
+            where only embeddings were asked for.
         iou: the IoU that the head expects its mask to have, nominally from 0 to 1.
         no_target_logits: above 0 where the head says that the prompt names nothing in the image.
         word_attention: how much each prompt token looks at each cell of a grid, or each cell at it; averaged over heads
@@ -194,11 +195,20 @@ class Head(nn.Module, ABC):
     """What every head is: a module that names what it reads of a cache and maps inputs to outputs.
 
     `layers` are the cached layers, whose CLS tokens come with them where they have some; `attention` are the attention
-    outputs.
+    outputs. `embedded_layers` are those of the layers whose token grids `embed` reads.
     """
 
     layers: tuple[str, ...]
     attention: tuple[str, ...] = ()
+    embedded_layers: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, inputs: HeadInputs) -> HeadOutputs: ...
+
+    def embed(self, inputs: HeadInputs) -> Embeddings:
+        """What contrastive losses compare, without masks.
+
+        Raises:
+            UsageError: this head compares nothing.
+        """
+        raise UsageError("this head gives no embeddings, which contrastive losses compare; take talk2dino.")

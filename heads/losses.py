@@ -24,13 +24,15 @@ class Targets:
         masks: 1 where a pixel belongs to the target, else 0.
         no_target: the prompt names nothing in its image.
         labelled: 1 where somebody said which of the two a pixel is, else 0; None where they all are.
-        image_index: which image each prompt is about, for losses that compare prompts with images.
+        image_index: which of i images each prompt is about, for losses that compare prompts with images.
+        image_ids: equal numbers for those of the i images that are one and the same, such as two views of it.
     """
 
     masks: Float[Tensor, "b h w"]
     no_target: Bool[Tensor, " b"]
     labelled: Float[Tensor, "b h w"] | None = None
     image_index: Int[Tensor, " b"] | None = None
+    image_ids: Int[Tensor, " i"] | None = None
 
     def to(self, device: torch.device | str) -> Targets:
         """The same targets on a device."""
@@ -125,7 +127,7 @@ CONTRASTIVE_TERMS: dict[str, Callable[..., Float[Tensor, ""]]] = {
     "clip_contrastive": clip_contrastive,
     "sigmoid_contrastive": sigmoid_contrastive,
 }
-"""Terms on (embeddings, image_index)."""
+"""Terms on (embeddings, image_index, image_ids)."""
 
 TERMS = (*MASK_TERMS, "iou", "no_target", *CONTRASTIVE_TERMS)
 """The names of all terms."""
@@ -134,6 +136,11 @@ TERMS = (*MASK_TERMS, "iou", "no_target", *CONTRASTIVE_TERMS)
 def needs_masks(weights: Mapping[str, float]) -> bool:
     """Whether a loss looks at masks."""
     return any(name in MASK_TERMS or name == "iou" for name in weights)
+
+
+def compares_only(weights: Mapping[str, float]) -> bool:
+    """Whether a loss looks at embeddings and nothing else, so that a head need not say where anything is."""
+    return all(name in CONTRASTIVE_TERMS for name in weights)
 
 
 def loss_terms(
@@ -167,7 +174,8 @@ def loss_terms(
         else:
             if outputs.embeddings is None or targets.image_index is None:
                 raise _missing(name, "give embeddings to compare")
-            found[name] = weight * CONTRASTIVE_TERMS[name](outputs.embeddings, targets.image_index, **more)
+            value = CONTRASTIVE_TERMS[name](outputs.embeddings, targets.image_index, targets.image_ids, **more)
+            found[name] = weight * value
     return found
 
 

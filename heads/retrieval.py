@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,41 @@ def retrieval_recall(
     return {
         f"{way}_recall@{rank}": float((count < rank).double().mean()) for way, count in before.items() for rank in ranks
     }
+
+
+class Retrieval:
+    """The embeddings of a split, handed over batch by batch; each image is kept once."""
+
+    def __init__(self) -> None:
+        self._images: dict[int, Tensor] = {}
+        self._texts: list[Tensor] = []
+        self._image_ids: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
+    def add(self, embeddings: Embeddings, image_index: Int[Tensor, " b"], image_ids: Int[Tensor, " i"]) -> None:
+        """The embeddings of one batch."""
+        self._images |= dict(zip(image_ids.tolist(), embeddings.image.float(), strict=True))
+        self._texts.append(embeddings.text.float())
+        self._image_ids += image_ids[image_index].tolist()
+
+    def recall(self, ranks: Sequence[int] = RANKS) -> dict[str, float]:
+        """See `retrieval_recall`."""
+        places = {image_id: place for place, image_id in enumerate(self._images)}
+        embeddings = Embeddings(torch.stack(list(self._images.values())), torch.cat(self._texts))
+        index = torch.tensor([places[image_id] for image_id in self._image_ids], device=embeddings.text.device)
+        return retrieval_recall(embeddings, index, ranks=ranks)
+
+    @classmethod
+    def merge(cls, parts: Iterable[Retrieval]) -> Retrieval:
+        """What several processes were handed, on the CPU."""
+        merged = cls()
+        for part in parts:
+            merged._images |= {image_id: image.cpu() for image_id, image in part._images.items()}
+            merged._texts += [text.cpu() for text in part._texts]
+            merged._image_ids += part._image_ids
+        return merged
 
 
 def _similarities(text: Float[Tensor, "b d"], candidates: Float[Tensor, "i k d"]) -> Float[Tensor, "b i"]:

@@ -6,10 +6,12 @@ gives masks all the same; it can be trained on masks, too. The published weights
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from cache_schema import atomic
 from cache_schema.errors import UsageError, unknown_name
+from cache_schema.fingerprint import digest_file
 from heads.inputs import Embeddings, FeatureShapes, Head, HeadInputs, HeadOutputs
 
 ALIGNMENTS = ("cls", "mean_token", "head_tokens", "mean_patch")
@@ -54,6 +57,20 @@ class Projection(nn.Module):
         return projected
 
 
+@dataclass(frozen=True)
+class Talk2DinoReport:
+    """The file a projection was taken from, and its digest."""
+
+    source: str
+    sha256: str
+
+    def summary(self) -> str:
+        return f"started from {self.source} (SHA-256 {self.sha256[:12]}): the whole projection"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
 class Talk2DinoHead(Head):
     """mask_logits = logit_scale * (cosine of the projected prompt and each patch - log(background / (1 - background))).
 
@@ -74,6 +91,8 @@ class Talk2DinoHead(Head):
             there. Without them the embeddings have none, and losses take the fixed scale of Talk2DINO.
     """
 
+    initial_report: Talk2DinoReport | None = None
+
     def __init__(
         self,
         *,
@@ -91,6 +110,7 @@ class Talk2DinoHead(Head):
         super().__init__()
         self.layers = (layer,)
         self.attention = (alignment,) if alignment in ("mean_token", "head_tokens") else ()
+        self.embedded_layers = (layer,) if alignment == "mean_patch" else ()
         self.alignment = alignment
         self.projection = Projection(pooled_width=pooled_width, image_width=image_width, hidden_layers=hidden_layers)
         self.logit_scale, self.threshold = logit_scale, math.log(background / (1 - background))
@@ -121,7 +141,9 @@ class Talk2DinoHead(Head):
 
     def _embeddings(self, inputs: HeadInputs, projected: Float[Tensor, "b d"]) -> Embeddings:
         scale = None if self.log_contrastive_scale is None else self.log_contrastive_scale.exp()
-        return Embeddings(self._candidates(inputs), projected, scale, self.contrastive_bias)
+        # a copy, for several processes look for the parameters that were used by what was computed from them
+        bias = None if self.contrastive_bias is None else self.contrastive_bias.clone()
+        return Embeddings(self._candidates(inputs), projected, scale, bias)
 
     def _candidates(self, inputs: HeadInputs) -> Float[Tensor, "i k d"]:
         if self.alignment == "head_tokens":
@@ -144,11 +166,15 @@ def build_talk2dino(
     learned_logits: bool = False,
     contrastive_scale: float | None = None,
     contrastive_bias: float | None = None,
+    initial: str | None = None,
 ) -> Talk2DinoHead:
     """A Talk2DINO head on one cached layer, by default the last that was cached.
 
+    Args:
+        initial: a file of the published layout to start from; see `read_talk2dino`.
+
     Raises:
-        UsageError: the layer was not cached, or not with what `alignment` reads.
+        UsageError: the layer was not cached, or not with what `alignment` reads, or `initial` does not fit.
         ValueError: a number is out of its range, or the image's candidates are not of the layer's width.
     """
     if alignment not in ALIGNMENTS:
@@ -173,7 +199,7 @@ def build_talk2dino(
             f"layer {layer} has patches of width {image_width} but {alignment} of {candidate_width}; "
             "name the layer that the two share"
         )
-    return Talk2DinoHead(
+    head = Talk2DinoHead(
         image_width=image_width,
         pooled_width=shapes.pooled_width,
         layer=layer,
@@ -185,6 +211,9 @@ def build_talk2dino(
         contrastive_scale=contrastive_scale,
         contrastive_bias=contrastive_bias,
     )
+    if initial is not None:
+        head.initial_report = load_talk2dino(head, Path(initial))
+    return head
 
 
 def read_talk2dino(path: Path) -> dict[str, Tensor]:
@@ -218,7 +247,7 @@ def read_talk2dino(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in renamed.items()}
 
 
-def load_talk2dino(head: Talk2DinoHead, path: Path) -> None:
+def load_talk2dino(head: Talk2DinoHead, path: Path) -> Talk2DinoReport:
     """Give a head the projection of a file of the published layout, all of it; nothing else of the head changes.
 
     Raises:
@@ -232,6 +261,7 @@ def load_talk2dino(head: Talk2DinoHead, path: Path) -> None:
             "take the weights of the encoders in the cache, or a cache of the encoders of the weights."
         )
     head.projection.load_state_dict(state, strict=True)
+    return Talk2DinoReport(str(path), digest_file(path))
 
 
 def write_talk2dino(head: Talk2DinoHead, path: Path) -> None:

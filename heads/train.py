@@ -107,12 +107,30 @@ class _Loop:
         layers = list(dict.fromkeys(layer for head in heads for layer in head.layers))
         attention = list(dict.fromkeys(name for head in heads for name in head.attention))
         sizes = [trainee.config.target_size for trainee in trainees if trainee.config.needs_masks]
+        grids = list(dict.fromkeys(layer for trainee in trainees for layer in trainee.learnt_grids))
         scored = [trainee.config.target_size for trainee in trainees] if _has_masks(cache, config.val_split) else []
         device = accelerator.device
         self._train = CachedSplit(
-            cache, config.train_split, sizes, layers, residency, device, all_views=True, attention=attention
+            cache,
+            config.train_split,
+            sizes,
+            layers,
+            residency,
+            device,
+            all_views=True,
+            attention=attention,
+            grids=grids,
         )
-        self._val = CachedSplit(cache, config.val_split, scored, layers, residency, device, attention=attention)
+        self._val = CachedSplit(
+            cache,
+            config.val_split,
+            scored,
+            layers,
+            residency,
+            device,
+            attention=attention,
+            grids=layers if scored else grids,
+        )
         self._steps_per_epoch = len(self._order(0))
         self._num_steps = config.epochs * self._steps_per_epoch
         self._trackers = [_Tracker(trainee, trackers, accelerator) for trainee in trainees]

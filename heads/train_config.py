@@ -11,7 +11,7 @@ from torch import nn
 
 from cache_schema.errors import UsageError, require_at_least, unknown_name
 from cache_schema.masks import Size
-from heads.losses import TERMS, needs_masks
+from heads.losses import TERMS, compares_only, needs_masks
 
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "adam")
@@ -108,6 +108,11 @@ class TrainConfig:
     def needs_masks(self) -> bool:
         """Whether the loss looks at masks."""
         return needs_masks(self.loss)
+
+    @property
+    def compares_only(self) -> bool:
+        """Whether the loss looks at embeddings alone."""
+        return compares_only(self.loss)
 
     def learning_rate_share(self, step: int, num_steps: int) -> float:
         """Share of the peak learning rate at a step: a linear rise over `warmup` of all steps, then the schedule.

@@ -25,8 +25,10 @@ from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from heads.checkpoint import HeadSpec, save_head
 from heads.data import Batch
-from heads.inputs import Head, HeadInputs
-from heads.losses import Targets, mask_iou, overlap, resize_logits, total_loss
+from heads.embedding import Embedder, gather_pairs
+from heads.inputs import Head, HeadInputs, HeadOutputs
+from heads.losses import CONTRASTIVE_TERMS, Targets, mask_iou, overlap, resize_logits, total_loss
+from heads.retrieval import Retrieval
 from heads.runs import METRICS, Progress, has_state, read_state, run_identity, score_of, write_state
 from heads.train_config import TrainConfig
 
@@ -82,13 +84,19 @@ class Trainee:
         )
         self.progress = Progress()
         self._restore()
-        self._model: nn.Module = accelerator.prepare_model(self.head)
+        self._model: nn.Module = accelerator.prepare_model(Embedder(self.head) if config.compares_only else self.head)
         if accelerator.is_main_process:
             more = {"encoder_fingerprints": cache.encoder_fingerprints, **recorded, **self._initial()}
             atomic.write_json(run_dir / "config.json", {**run_identity(config, cache), **more})
         self._started = time.perf_counter() - self.progress.elapsed_s
         self._saved_at = self.progress.step
         self._scores = _Scores()
+        self._compares = any(name in CONTRASTIVE_TERMS for name in config.loss)
+
+    @property
+    def learnt_grids(self) -> tuple[str, ...]:
+        """The layers whose token grids it learns from."""
+        return self.head.embedded_layers if self.config.compares_only else self.head.layers
 
     @property
     def is_exhausted(self) -> bool:
@@ -121,7 +129,7 @@ class Trainee:
         inputs, targets = self._load(batch)
         with self._randomness, nullcontext() if takes_step else self._accelerator.no_sync(self._model):
             with self._autocast():
-                loss = total_loss(self._model(inputs), targets, config.loss, config.loss_arguments)
+                loss = total_loss(*gather_pairs(self._model(inputs), targets), config.loss, config.loss_arguments)
             if not torch.isfinite(loss):
                 raise UsageError(
                     f"the loss of {config.head} is {loss.item()} at step {progress.step + 1}: "
@@ -145,8 +153,13 @@ class Trainee:
         inputs, targets = self._load(batch)
         kept = self.kept.eval()
         with self._autocast():
-            outputs = kept(inputs)
+            asked = kept if targets.masks.numel() or not self.config.compares_only else Embedder(kept)
+            outputs: HeadOutputs = asked(inputs)
         kept.train()
+        if self._compares and outputs.embeddings is not None:
+            assert targets.image_index is not None
+            assert targets.image_ids is not None
+            self._scores.retrieval.add(outputs.embeddings, targets.image_index, targets.image_ids)
         loss = total_loss(outputs, targets, self.config.loss, self.config.loss_arguments)
         self._scores.loss += float(loss) * len(batch.samples)
         self._scores.num += len(batch.samples)
@@ -159,7 +172,7 @@ class Trainee:
             self._scores.union += int(union.sum())
 
     def finish_scores(self) -> dict[str, Any]:
-        """Scores of the batches since the last call, in all processes.
+        """Scores of the batches since the last call, in all processes; recall of retrieval where the loss compares.
 
         At the targets' resolution, threshold 0.5; an empty mask for an empty truth counts as 1. They steer training.
         The scores to report are measured at the images' original sizes, by `evaluate`.
@@ -171,11 +184,13 @@ class Trainee:
                 "lower learning_rate, or clip_norm."
             )
         has_masks = bool(scores.ious)
+        recall = scores.retrieval.recall() if scores.retrieval else {}
         return {
             "val_loss": scores.loss / scores.num,
             "val_mean_iou": float(np.mean(scores.ious)) if has_masks else None,
             "val_overall_iou": scores.intersection / max(1, scores.union) if has_masks else None,
             "val_resolution": list(self.config.target_size),
+            **{f"val_{name}": value for name, value in recall.items()},
         }
 
     def end_epoch(self, epoch: int, scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,6 +312,7 @@ class _Scores:
     ious: list[float] = field(default_factory=list)
     intersection: int = 0
     union: int = 0
+    retrieval: Retrieval = field(default_factory=Retrieval)
 
     @classmethod
     def gather(cls, mine: _Scores, accelerator: Accelerator) -> _Scores:
@@ -310,4 +326,5 @@ class _Scores:
             [iou for scores in every for iou in scores.ious],
             sum(scores.intersection for scores in every),
             sum(scores.union for scores in every),
+            Retrieval.merge(scores.retrieval for scores in every),
         )

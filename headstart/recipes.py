@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cache_schema.errors import UsageError, unknown_name
-from heads import head_arguments
+from heads import head_arguments, plain_arguments
 from heads.train_config import TrainConfig
 
 _PSEG = TrainConfig(
@@ -140,7 +140,7 @@ def make_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> Trai
             arguments[key] = value
         else:
             raise unknown_name(f"setting of recipe {recipe!r}", key, _FIELDS | head_arguments(config.head))
-    return dataclasses.replace(config, arguments=arguments, **replaced)
+    return dataclasses.replace(config, arguments=plain_arguments(config.head, arguments), **replaced)
 
 
 def make_configs(recipes: Sequence[str], overrides: Mapping[str, Any] | None = None) -> list[TrainConfig]:

@@ -74,6 +74,28 @@ def test_processes_agree_on_what_came_of_it(together: list[dict[str, Any]]) -> N
     assert first == second
 
 
+def test_a_loss_that_compares_looks_at_the_pairs_of_all_processes(feature_cache: FeatureCache, tmp_path: Path) -> None:
+    """Two processes with half the batch each learn what one learns from the whole."""
+    config = dataclasses.replace(
+        CONFIG,
+        head="talk2dino",
+        arguments={"alignment": "cls", "contrastive_scale": 10.0, "contrastive_bias": -5.0},
+        loss={"clip_contrastive": 1.0, "sigmoid_contrastive": 0.1},
+    )
+    told = train_in_processes(2, config, feature_cache, tmp_path / "together")
+    alone = train(dataclasses.replace(config, batch_size=12), feature_cache, tmp_path / "alone")
+    assert told[0]["num_steps"] == alone.num_steps
+    expected = load_head(alone.run_dir / "last")[1].state_dict()
+    found = load_head(Path(told[0]["run_dir"]) / "last")[1].state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-2)
+    recall = [
+        json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["val_text_to_image_recall@1"]
+        for run in (Path(told[0]["run_dir"]), alone.run_dir)
+    ]
+    assert recall[0] == pytest.approx(recall[1], abs=0.05)
+
+
 def test_two_processes_learn_what_one_learns_from_both_their_batches(
     together: list[dict[str, Any]], feature_cache: FeatureCache, tmp_path: Path
 ) -> None:

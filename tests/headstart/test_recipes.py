@@ -141,3 +141,9 @@ def test_a_whole_number_and_its_float_are_one_run() -> None:
 def test_words_of_python_are_not_taken_for_text(value: str) -> None:
     with pytest.raises(UsageError, match=f"refined={value}' is not JSON: write refined="):
         parse_overrides([f"refined={value}"])
+
+
+def test_a_whole_number_counts_as_a_float_where_one_is_taken() -> None:
+    whole = make_config("talk2dino", {"logit_scale": 10, "hidden_layers": 2})
+    assert whole == make_config("talk2dino", {"logit_scale": 10.0, "hidden_layers": 2})
+    assert [type(whole.arguments[name]) for name in ("logit_scale", "hidden_layers")] == [float, int]
