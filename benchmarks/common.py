@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import statistics
 import sys
@@ -17,6 +16,8 @@ import psutil
 
 from cache_schema import atomic
 from cache_schema.errors import UsageError
+from cache_schema.reader import num_cores
+from evaluate.machine import processor_name
 
 Rates = Mapping[str, Sequence[float]]
 """The rate of every contender in every round, by the contender's name."""
@@ -121,8 +122,8 @@ class Report:
 def describe_machine(folder: Path, libraries: Iterable[Library]) -> dict[str, Any]:
     """What a figure depends on besides the code: processor, memory, kernel, the file system of `folder`, versions."""
     return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": processor_name(),
+        "cores": num_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "kernel": f"{platform.system()} {platform.release()}",
         "filesystem": _filesystem(folder),
@@ -181,15 +182,6 @@ def measure_and_tell(parse: Callable[[], C], run: Callable[[C], Report]) -> int:
 def to_stderr(line: str) -> None:
     """Say what is going on, apart from what is found."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _filesystem(folder: Path) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cache_schema.features import FeatureCache
+from cache_schema.reader import num_cores
+from evaluate.machine import processor_name
 from heads.data import CachedSplit, Draw
 from heads.flops import count_flops
 from heads.inputs import Head, HeadInputs
@@ -104,8 +104,8 @@ def describe_machine() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": processor_name(),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -190,12 +190,3 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _tensors(inputs: HeadInputs) -> list[Tensor]:
     values = vars(inputs).values()
     return [tensor for value in values for tensor in (value.values() if isinstance(value, Mapping) else (value,))]
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -15,13 +15,13 @@ from typing import Any
 
 from cache_schema import atomic
 from evaluate.leaderboard import RANKED_BY, SHOWN_METRICS
-from evaluate.leaderboard_plot import Point, draw_tradeoff, short
-from evaluate.report import HEADLINE_METRICS, _environment, _flatten, _words
-from evaluate.report_plots import colour_of
+from evaluate.leaderboard_plot import Point, draw_tradeoff
+from evaluate.pages import NO_NUMBER, capital, flatten, render_page, short, words
+from evaluate.plots import colour_of
+from evaluate.report import HEADLINE_METRICS
 
 JSON, CSV, MARKDOWN, PAGE = "leaderboard.json", "leaderboard.csv", "leaderboard.md", "leaderboard.html"
 
-_NO_NUMBER = "\N{EN DASH}"
 _COSTS = {
     "num_parameters": "Parameters",
     "flops_per_prompt": "FLOP a prompt",
@@ -93,27 +93,26 @@ def to_markdown(board: Mapping[str, Any], title: str) -> str:
     if board["left_out"]:
         parts += ["## Left out", "\n".join(f"- {_cell(name)}: {_cell(why)}" for name, why in board["left_out"].items())]
     parts += ["## Budget", "\n".join(f"- {_cell(sentence)}" for sentence in budget_sentences(board))]
-    parts += ["## Machine", "\n".join(f"- {_words(name)}: {_cell(str(value))}" for name, value in _facts(board))]
+    parts += ["## Machine", "\n".join(f"- {words(name)}: {_cell(str(value))}" for name, value in _facts(board))]
     return "\n\n".join(parts) + "\n"
 
 
 def to_page(board: Mapping[str, Any], title: str) -> str:
     """One self-contained HTML page, readable on a phone."""
-    return (
-        _environment()
-        .get_template("leaderboard.html.j2")
-        .render(
-            title=title,
-            finding=finding(board),
-            notes=board["notes"],
-            plots=_plots(board),
-            tables=tables(board),
-            colours=[colour_of(index) for index in range(len(board["heads"]))],
-            left_out=board["left_out"],
-            budget=budget_sentences(board),
-            facts=_facts(board),
-            runs=[(entry["name"], run) for entry in board["heads"] for run in entry["runs"]],
-        )
+    return render_page(
+        "leaderboard.html.j2",
+        {
+            "title": title,
+            "finding": finding(board),
+            "notes": board["notes"],
+            "plots": _plots(board),
+            "tables": tables(board),
+            "colours": [colour_of(index) for index in range(len(board["heads"]))],
+            "left_out": board["left_out"],
+            "budget": budget_sentences(board),
+            "facts": _facts(board),
+            "runs": [(entry["name"], run) for entry in board["heads"] for run in entry["runs"]],
+        },
     )
 
 
@@ -126,8 +125,8 @@ def finding(board: Mapping[str, Any]) -> str:
         sentence += f"; over these seeds the range of {_listed(near)} overlaps with it"
     name, metrics = _best_baseline(board)
     if best["metrics"][RANKED_BY]["mean"] <= metrics[RANKED_BY]:
-        return f"{sentence}. That is no better than the best baseline, {_words(name)}, at {metrics[RANKED_BY]:.3f}."
-    return f"{sentence}. The best baseline, {_words(name)}, reaches {metrics[RANKED_BY]:.3f}."
+        return f"{sentence}. That is no better than the best baseline, {words(name)}, at {metrics[RANKED_BY]:.3f}."
+    return f"{sentence}. The best baseline, {words(name)}, reaches {metrics[RANKED_BY]:.3f}."
 
 
 def tables(board: Mapping[str, Any]) -> list[Table]:
@@ -145,7 +144,7 @@ def tables(board: Mapping[str, Any]) -> list[Table]:
             for entry in heads
         ],
         [
-            [f"({_words(name)})", *(f"{metrics[metric]:.3f}" for metric in SHOWN_METRICS), ""]
+            [f"({words(name)})", *(f"{metrics[metric]:.3f}" for metric in SHOWN_METRICS), ""]
             for name, metrics in board["baselines"].items()
         ],
     )
@@ -170,10 +169,10 @@ def budget_sentences(board: Mapping[str, Any]) -> list[str]:
     sentences = [f"{budget['train_samples']:,} samples to train on, {budget['num_seeds']} seeds a head."]
     for name in _SHOWN_SETTINGS:
         if name in budget:
-            sentences.append(f"{_capital(_words(name))} of every head: {_value(budget[name])}.")
+            sentences.append(f"{capital(words(name))} of every head: {_value(budget[name])}.")
         else:
             own = ", ".join(f"{entry['name']} {_value(entry['settings'][name])}" for entry in heads)
-            sentences.append(f"{_capital(_words(name))}: {own}.")
+            sentences.append(f"{capital(words(name))}: {own}.")
     if any(num for _, num in stopped):
         early = _listed([f"{name} ({num})" for name, num in stopped if num])
         sentences.append(f"Runs that stopped early, when they got no better: {early}.")
@@ -199,7 +198,7 @@ def budget_sentences(board: Mapping[str, Any]) -> list[str]:
 
 def _plots(board: Mapping[str, Any]) -> list[tuple[str, str]]:
     name, metrics = _best_baseline(board)
-    baseline = (f"best baseline: {_words(name)}", float(metrics[RANKED_BY]))
+    baseline = (f"best baseline: {words(name)}", float(metrics[RANKED_BY]))
     plots = []
     for key, title, axis in (
         ("latency_ms", "Quality against latency", "latency of one prompt, ms"),
@@ -229,8 +228,8 @@ def _best_baseline(board: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _facts(board: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    prints = [(f"fingerprint of {name}", value) for name, value in _flatten(board["provenance"])]
-    return [*_flatten(board["machine"]), *prints]
+    prints = [(f"fingerprint of {name}", value) for name, value in flatten(board["provenance"])]
+    return [*flatten(board["machine"]), *prints]
 
 
 def _num_stopped(entry: Mapping[str, Any]) -> int:
@@ -247,7 +246,7 @@ def _figure(spread: Mapping[str, Any]) -> str:
 
 def _cost(name: str, value: float | int | None) -> str:
     if value is None:
-        return _NO_NUMBER
+        return NO_NUMBER
     return f"{short(value)}B" if name == "peak_bytes" and value >= 1000 else short(value)
 
 
@@ -267,7 +266,3 @@ def _cell(text: str) -> str:
     for mark in "|`*<>[]":
         escaped = escaped.replace(mark, f"\\{mark}")
     return escaped
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

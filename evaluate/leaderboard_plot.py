@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
-from evaluate.report_plots import _INK, _MARKERS, _STYLE, _inline_svg, colour_of
+from evaluate.pages import short
+from evaluate.plots import INK, MARKERS, STYLE, colour_of, inline_svg
 
 _GAP_PX, _REACH = 7.0, (1.0, 2.4, 4.0, 6.0)
 """How far a name stands from its point, and the multiples that are tried."""
@@ -39,8 +40,8 @@ def draw_tradeoff(
     Args:
         baseline: what a prediction that looks at nothing is called, and its mean IoU, for a line.
     """
-    with matplotlib.rc_context(_STYLE):
-        return _inline_svg(tradeoff_figure(points, cost_title, baseline), name, description)
+    with matplotlib.rc_context(STYLE):
+        return inline_svg(tradeoff_figure(points, cost_title, baseline), name, description)
 
 
 def tradeoff_figure(points: Sequence[Point], cost_title: str, baseline: tuple[str, float] | None) -> Figure:
@@ -55,7 +56,7 @@ def tradeoff_figure(points: Sequence[Point], cost_title: str, baseline: tuple[st
             point.quality,
             yerr=point.sd,
             color=colour_of(index),
-            marker=_MARKERS[(index + index // len(_MARKERS)) % len(_MARKERS)],  # with its colour, one of a kind
+            marker=MARKERS[(index + index // len(MARKERS)) % len(MARKERS)],  # with its colour, one of a kind
             markersize=6,
             capsize=3,
             elinewidth=1.1,
@@ -67,7 +68,7 @@ def tradeoff_figure(points: Sequence[Point], cost_title: str, baseline: tuple[st
     marked = [list(_boxes_of_point(axes, point)) for point in points]
     taken: list[BboxBase] = [box for boxes in marked for box in boxes]
     if baseline is not None:
-        axes.axhline(baseline[1], color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.axhline(baseline[1], color=INK, linewidth=1, linestyle=(0, (3, 2)))
         taken.append(_name_line(axes, *baseline, taken))
     for index in sorted(range(len(points)), key=lambda index: -points[index].quality):
         others = [boxes[0] for place, boxes in enumerate(marked) if place != index]
@@ -88,18 +89,6 @@ def _set_limits(axes: Axes, points: Sequence[Point], baseline: tuple[str, float]
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="minor", length=0)
-
-
-def short(value: float | int) -> str:
-    """A number of any size in a few letters.
-
-    >>> short(0.05), short(20), short(1500), short(1378817), short(2.5e9)
-    ('0.05', '20', '1.5 k', '1.38 M', '2.5 G')
-    """
-    for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def _boxes_of_point(axes: Axes, point: Point) -> Iterator[Bbox]:

@@ -6,20 +6,21 @@ Prompts, names and paths are data: the template escapes them. Knows nothing abou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
 from cache_schema import atomic
 from cache_schema.errors import UsageError
 from evaluate.metrics import Metrics, Protocol, SampleScores, slice_metrics, sort_values, standard_tags
+from evaluate.pages import NO_NUMBER, capital, flatten, render_page, short, words
 from evaluate.pictures import PREDICTED_COLOUR, TRUTH_COLOUR, data_uri, encode_jpeg, triptych
-from evaluate.report_plots import Line, colour_of, draw_curves, draw_histogram, iou_shares
+from evaluate.plots import colour_of
+from evaluate.report_plots import Line, draw_curves, draw_histogram, iou_shares
 
 Group = Literal["best", "median", "worst"]
 
@@ -40,7 +41,6 @@ SLICE_TITLES = {
     "object_size": "Mean IoU by size of the object",
 }
 
-_NO_NUMBER = "\N{EN DASH}"
 _GROUPS: tuple[Group, ...] = ("best", "median", "worst")
 _MAX_SLICE_ROWS = 24
 _PANEL_SIDES_PX = (320, 256, 200, 160, 128, 96)
@@ -93,44 +93,31 @@ def write_report(
         raise UsageError("a report needs at least one run: train a head first")
     if heads != [result["head"] for result in results["runs"]]:
         raise UsageError(f"the results are not those of the heads {', '.join(heads)}: evaluate these runs again")
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            title=title,
-            notes=notes,
-            findings=_findings(results),
-            heads=[(head, colour_of(index)) for index, head in enumerate(heads)],
-            num_samples=len(runs[0].scores),
-            num_baselines=len(results["baselines"]),
-            headline=_headline(results, runs),
-            protocol=results["protocol"],
-            protocol_sentences=_protocol_sentences(results["protocol"]),
-            slices=_slices(runs),
-            curves=_curves(runs),
-            histograms=_histograms(runs),
-            examples=_examples(runs),
-            truth_colour=_css_colour(TRUTH_COLOUR),
-            predicted_colour=_css_colour(PREDICTED_COLOUR),
-            stages=_stages(results["seconds"]),
-            run_dirs=[(result["head"], result["run_dir"]) for result in results["runs"]],
-            provenance=list(_flatten(results.get("provenance", {}))),
-        )
+    page = render_page(
+        "report.html.j2",
+        {
+            "title": title,
+            "notes": notes,
+            "findings": _findings(results),
+            "heads": [(head, colour_of(index)) for index, head in enumerate(heads)],
+            "num_samples": len(runs[0].scores),
+            "num_baselines": len(results["baselines"]),
+            "headline": _headline(results, runs),
+            "protocol": results["protocol"],
+            "protocol_sentences": _protocol_sentences(results["protocol"]),
+            "slices": _slices(runs),
+            "curves": _curves(runs),
+            "histograms": _histograms(runs),
+            "examples": _examples(runs),
+            "truth_colour": _css_colour(TRUTH_COLOUR),
+            "predicted_colour": _css_colour(PREDICTED_COLOUR),
+            "stages": _stages(results["seconds"]),
+            "run_dirs": [(result["head"], result["run_dir"]) for result in results["runs"]],
+            "provenance": list(flatten(results.get("provenance", {}))),
+        },
     )
     atomic.write_file(path, page.encode())
     return path
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["words"] = _words
-    return environment
 
 
 def _findings(results: Mapping[str, Any]) -> str:
@@ -142,15 +129,15 @@ def _findings(results: Mapping[str, Any]) -> str:
         return sentence + "."
     name, metrics = max(results["baselines"].items(), key=lambda item: item[1]["mean_iou"])
     if best["metrics"]["mean_iou"] <= metrics["mean_iou"]:
-        return f"{sentence}. That is no better than the baseline “{_words(name)}” at {_number(metrics['mean_iou'])}."
-    return f"{sentence}; the best baseline, “{_words(name)}”, reaches {_number(metrics['mean_iou'])}."
+        return f"{sentence}. That is no better than the baseline “{words(name)}” at {_number(metrics['mean_iou'])}."
+    return f"{sentence}; the best baseline, “{words(name)}”, reaches {_number(metrics['mean_iou'])}."
 
 
 def _headline(results: Mapping[str, Any], runs: Sequence[RunReport]) -> dict[str, Any]:
     """Columns and rows of the table; a cell is (text, is it the best of the heads)."""
     best = {}
     for name in HEADLINE_METRICS:
-        texts = {_number(result["metrics"].get(name)) for result in results["runs"]} - {_NO_NUMBER}
+        texts = {_number(result["metrics"].get(name)) for result in results["runs"]} - {NO_NUMBER}
         best[name] = max(texts) if len(texts) > 1 else None
 
     def cells(metrics: Metrics, is_head: bool) -> list[tuple[str, bool]]:
@@ -160,7 +147,7 @@ def _headline(results: Mapping[str, Any], runs: Sequence[RunReport]) -> dict[str
     return {
         "columns": list(HEADLINE_METRICS.values()),
         "heads": [
-            (run.head, cells(result["metrics"], True), _count(run.num_parameters), _seconds(_training_s(run)))
+            (run.head, cells(result["metrics"], True), short(run.num_parameters), _seconds(_training_s(run)))
             for run, result in zip(runs, results["runs"], strict=True)
         ],
         "baselines": [(name, cells(metrics, False)) for name, metrics in results["baselines"].items()],
@@ -174,12 +161,12 @@ def _protocol_sentences(protocol: Mapping[str, Any]) -> list[str]:
         if resolution == "original"
         else f"Masks are compared at {resolution}, not at the original size of the image.",
         f"A pixel is marked where its probability is {protocol['comparison']} {protocol['threshold']}.",
-        f"{_capital(protocol['empty_union'])}.",
-        f"{_capital(protocol['sentence_policy'])}.",
+        f"{capital(protocol['empty_union'])}.",
+        f"{capital(protocol['sentence_policy'])}.",
         f"A head without a no-target output says “no target” below {protocol['no_target_px']} marked pixels.",
     ]
     others = sorted(set(protocol) - {field.name for field in fields(Protocol)})
-    return sentences + [f"{_capital(_words(key))}: {protocol[key]}." for key in others]
+    return sentences + [f"{capital(words(key))}: {protocol[key]}." for key in others]
 
 
 def _slices(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
@@ -199,11 +186,11 @@ def _slices(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
         for value in sort_values(largest):
             means = [column[value]["mean_iou"] if value in column else None for column in columns]
             rows.append((value, num_samples[value], [(_number(mean), mean or 0.0) for mean in means]))
-        title = SLICE_TITLES.get(tag, f"Mean IoU by {_words(tag)}")
+        title = SLICE_TITLES.get(tag, f"Mean IoU by {words(tag)}")
         tables.append(
             {
                 "title": title,
-                "column": _capital(_words(tag)),
+                "column": capital(words(tag)),
                 "rows": rows,
                 "num_hidden": len(num_samples) - len(rows),
                 "standard": tag in SLICE_TITLES,
@@ -300,20 +287,9 @@ def _share_of_image(mask: Bool[np.ndarray, "h w"]) -> str:
 
 def _stages(seconds: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """(stage, seconds as text, share of the longest)."""
-    stages = [(name, value) for name, value in _flatten(seconds) if _is_number(value)]
+    stages = [(name, value) for name, value in flatten(seconds) if _is_number(value)]
     longest = max((value for _, value in stages), default=0.0) or 1.0
     return [(name, _seconds(value), value / longest) for name, value in stages]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        name = f"{prefix} · {key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            yield from _flatten(value, name)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield name, ", ".join(map(str, value))
-        else:
-            yield name, value
 
 
 def _training_s(run: RunReport) -> float | int | None:
@@ -325,7 +301,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(value: float | int | None, digits: int = 3) -> str:
-    return _NO_NUMBER if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return NO_NUMBER if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _seconds(value: float | int | None) -> str:
@@ -335,28 +311,8 @@ def _seconds(value: float | int | None) -> str:
     ('0.23', '75.3', '1,204')
     """
     if value is None:
-        return _NO_NUMBER
+        return NO_NUMBER
     return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _count(number: int) -> str:
-    """A large count, short.
-
-    >>> _count(769), _count(4_058_340), _count(81_300)
-    ('769', '4.06 M', '81.3 k')
-    """
-    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return str(number)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _css_colour(colour: tuple[int, int, int]) -> str:

@@ -1,10 +1,8 @@
-"""The report's plots as inline SVG: the same data gives the same bytes, and nothing outside the text is needed."""
+"""The report's plots as inline SVG: training curves, and how IoUs are spread."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,31 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# Each is dark enough to be read as text on white (contrast above 4.5), and they stay apart for colour-blind readers
-# together with the markers.
-COLOURS = ("#1f5fa8", "#b8450b", "#1b7a4b", "#7a3d9a", "#7d5a14", "#b0256b", "#0b7285", "#4a4a4a")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_INK, _RULE = "#333333", "#c9c9c4"
-
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "headstart",
-    "text.parse_math": False,
-    "font.size": 10.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _RULE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#ebebe6",
-    "grid.linewidth": 0.8,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-}
+from evaluate.plots import INK, MARKERS, STYLE, colour_of, inline_svg
 
 _LABEL_GAP = 0.085
 _MAX_MARKED_POINTS = 25
@@ -54,20 +28,15 @@ class Line:
     values: Sequence[float | int]
 
 
-def colour_of(index: int) -> str:
-    """The colour of the head at this position, the same in every plot and table."""
-    return COLOURS[index % len(COLOURS)]
-
-
 def draw_curves(name: str, lines: Sequence[Line], description: str, *, from_zero: bool) -> str:
     """Curves over training steps, each labelled at its end. `name` makes the SVG's ids unique on a page."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.0, 3.1))
         axes = figure.add_axes((0.11, 0.15, 0.87 - _label_width([line.label for line in lines]), 0.81))
         axes.set_xlabel("training step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for index, line in enumerate(lines):
-            marker = _MARKERS[index % len(_MARKERS)] if len(line.steps) <= _MAX_MARKED_POINTS else None
+            marker = MARKERS[index % len(MARKERS)] if len(line.steps) <= _MAX_MARKED_POINTS else None
             axes.plot(line.steps, line.values, color=colour_of(index), marker=marker, markersize=4, linewidth=1.7)
         axes.margins(x=0.02)
         if from_zero:
@@ -93,12 +62,12 @@ def draw_curves(name: str, lines: Sequence[Line], description: str, *, from_zero
                 },
                 annotation_clip=False,
             )
-        return _inline_svg(figure, name, description)
+        return inline_svg(figure, name, description)
 
 
 def draw_histogram(name: str, iou: Float[np.ndarray, " S"], index: int, most: float, description: str) -> str:
     """How a head's IoUs are spread over 20 equal bins, as shares of the samples up to `most`, with the median."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.0, 2.3))
         axes = figure.add_axes((0.11, 0.2, 0.84, 0.69))
         axes.grid(visible=False, axis="x")
@@ -112,7 +81,7 @@ def draw_histogram(name: str, iou: Float[np.ndarray, " S"], index: int, most: fl
         axes.set_xlabel("IoU")
         axes.tick_params(pad=5)
         median = float(np.median(iou))
-        axes.axvline(median, color=_INK, linewidth=1, linestyle=(0, (3, 2)))
+        axes.axvline(median, color=INK, linewidth=1, linestyle=(0, (3, 2)))
         axes.text(
             median,
             1.02,
@@ -121,7 +90,7 @@ def draw_histogram(name: str, iou: Float[np.ndarray, " S"], index: int, most: fl
             ha="left" if median < 0.2 else "right" if median > 0.8 else "center",
             va="bottom",
         )
-        return _inline_svg(figure, name, description)
+        return inline_svg(figure, name, description)
 
 
 def iou_shares(iou: Float[np.ndarray, " S"]) -> Float[np.ndarray, " bins"]:
@@ -158,18 +127,3 @@ def _place(members: list[int], heights: Sequence[float]) -> tuple[float, list[in
     reach = _LABEL_GAP * (len(members) - 1) / 2
     centre = math.fsum(heights[member] for member in members) / len(members)
     return min(max(centre, reach), max(1 - reach, reach)), members
-
-
-def _inline_svg(figure: Figure, name: str, description: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    # Ids are unique in a plot, not on a page; and the page, not the plot, decides size and typeface.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = svg.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
-    view_box = re.search(r'viewBox="[^"]+"', svg)
-    assert view_box is not None
-    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return f'<svg role="img" aria-label="{label}" {view_box[0]}{svg[svg.index(">") :]}'

@@ -5,7 +5,6 @@ It knows nothing of how workers come to be; extract/cluster.py does.
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from cache_schema.errors import StoreMismatchError
+from cache_schema.reader import num_cores
 from extract.job import Job, Unit, commit_unit, pick_device, unit_rates
 from extract.tasks import ImageTask, Task
 
@@ -121,7 +121,7 @@ _open_job = _OpenJob()
 
 
 def _open(assignment: Assignment, worker: object) -> Job:
-    num_cores = max(1, _num_cores() // assignment.workers_per_host)
+    num_cores = max(1, num_cores() // assignment.workers_per_host)
     torch.set_num_threads(num_cores)  # dask gives its workers one
     task = assignment.task
     if isinstance(task, ImageTask) and task.config.decode_threads is None:
@@ -158,7 +158,3 @@ def _device_of(worker: object, device: str) -> str:
     if device == "auto" and num_devices > 1 and isinstance(worker, int):
         return f"cuda:{worker % num_devices}"
     return pick_device(device)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -108,25 +109,34 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         return np.asarray(_to_rgb(_turn_upright(image)))
 
 
-def image_size(data: bytes) -> Size:
-    """(H, W) of what `decode_image` would give, from the header alone.
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the header alone says of what `decode_image` would give.
+
+    Args:
+        size: (H, W).
+        is_turned: whether what is stored is turned or mirrored, so that masks of stored pixels lie on other ones.
+    """
+
+    size: Size
+    is_turned: bool
+
+
+def read_image_header(data: bytes) -> ImageHeader:
+    """The header of an image file's bytes.
 
     Raises:
         UndecodableImageError: not an image, or larger than `MAX_IMAGE_PIXELS`.
     """
     with _opened(data) as image:
         width, height = _stored_size(image)
-        return (width, height) if _orientation_in_header(image, data) in _LYING else (height, width)
+        orientation = _orientation_in_header(image, data)
+    return ImageHeader((width, height) if orientation in _LYING else (height, width), orientation in _UPRIGHT)
 
 
-def is_turned(data: bytes) -> bool:
-    """Whether `decode_image` turns or mirrors what is stored, so that masks of stored pixels lie on other ones.
-
-    Raises:
-        UndecodableImageError: not an image, or larger than `MAX_IMAGE_PIXELS`.
-    """
-    with _opened(data) as image:
-        return _orientation_in_header(image, data) in _UPRIGHT
+def image_size(data: bytes) -> Size:
+    """(H, W) as `read_image_header` says, with its errors."""
+    return read_image_header(data).size
 
 
 @contextmanager

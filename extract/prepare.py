@@ -27,7 +27,7 @@ from extract.datasets import DATASETS
 from extract.datasets.faults import FaultReport, FileFaults
 from extract.datasets.places import Folder
 from extract.datasets.records import Dataset, DatasetReader, SampleRecord, Source
-from extract.images import UndecodableImageError, UnreadableFileError, image_size, is_turned, read_bytes
+from extract.images import UndecodableImageError, UnreadableFileError, read_bytes, read_image_header
 
 _BLOCK = 512
 """Samples whose images are looked at together, in several threads."""
@@ -270,8 +270,8 @@ def _look_at(folder: Folder, record: SampleRecord, as_shown: bool) -> bytes | st
         return f"{record.image_path!r} does not lie inside the image folder"
     try:
         data, digest = read_bytes(folder.path / record.image_path)
-        size = image_size(data)
-        if not as_shown and is_turned(data):
+        header = read_image_header(data)
+        if not as_shown and header.is_turned:
             return (
                 f"{record.image_path} is turned by its EXIF, and its annotations are of the pixels as they are stored"
             )
@@ -280,8 +280,8 @@ def _look_at(folder: Folder, record: SampleRecord, as_shown: bool) -> bytes | st
         return f"{record.image_path} is missing" if missing else f"{record.image_path}: {error}"
     except UndecodableImageError as error:
         return f"{record.image_path}: {error}"
-    if size != record.image_size:
-        said, found = (f"{height} x {width}" for height, width in (record.image_size, size))
+    if header.size != record.image_size:
+        said, found = (f"{height} x {width}" for height, width in (record.image_size, header.size))
         return f"{record.image_path} has {found} pixels (height x width), its annotations say {said}"
     return bytes.fromhex(digest)
 

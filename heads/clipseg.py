@@ -131,8 +131,9 @@ def build_clipseg(
     """
     if layers is None and (absent := [layer for layer in LAYERS if layer not in shapes.grids]):
         raise UsageError(
-            f"CLIPSeg reads layers {', '.join(LAYERS)}, of which {', '.join(absent)} were not cached; name others with "
-            f"`layers`, the shallowest first, out of {', '.join(shapes.grids)}."
+            f"CLIPSeg reads layers {', '.join(LAYERS)} by default, but this cache lacks {', '.join(absent)}: "
+            f"extract with --layers {' '.join(LAYERS)}, or set `layers`, the shallowest first, to some of "
+            f"{', '.join(shapes.grids)}."
         )
     layers = shapes.layers_of_one_grid([layers] if isinstance(layers, str) else layers or LAYERS)
     for name, count in (("dim", dim), ("num_heads", num_heads), ("hidden_dim", hidden_dim), ("patch_size", patch_size)):

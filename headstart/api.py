@@ -17,7 +17,7 @@ from heads.data import Residency
 from heads.runs import Training, read_run_config, run_name
 from heads.train import TrainRequest, train_together
 from heads.train_config import TrainConfig
-from headstart.encoders import UNTRAINED_NOTE, load_recorded_encoders, record_encoders
+from headstart.encoders import load_recorded_encoders, notes_on_encoders, record_encoders
 from headstart.recipes import make_configs
 from headstart.stores import StorePaths, find_stores, record_stores, stores_of_run
 
@@ -126,8 +126,8 @@ def evaluate(
         read_run_config(run_dir)
     if cache is None:
         cache = stores_of_run(run_dirs[0]).open()
-    notes = [UNTRAINED_NOTE] if _is_untrained(cache) else []
-    return evaluate_runs(run_dirs, cache, Path(out) if out else run_dirs[0], split=split, notes=notes, seconds=seconds)
+    place, notes = Path(out) if out else run_dirs[0], notes_on_encoders(cache)
+    return evaluate_runs(run_dirs, cache, place, split=split, notes=notes, seconds=seconds)
 
 
 def load(run: RunLike, *, checkpoint: str = "best", device: str = "auto") -> Predictor:
@@ -153,9 +153,3 @@ def load(run: RunLike, *, checkpoint: str = "best", device: str = "auto") -> Pre
 
 def _run_dir(run: RunLike) -> Path:
     return run.run_dir if isinstance(run, Training) else Path(run)
-
-
-def _is_untrained(cache: FeatureCache) -> bool:
-    """The tiny encoders say so in their own config.json."""
-    stores = (cache.images.store, cache.prompts.store)
-    return any(store.header.identity["encoder"]["config"].get("untrained", False) for store in stores)

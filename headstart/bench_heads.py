@@ -19,8 +19,8 @@ from heads.inputs import FeatureShapes
 from heads.runs import has_state, read_training, run_name
 from heads.train import SHARED_SETTINGS
 from heads.train_config import TrainConfig
-from headstart.api import _is_untrained, train_heads
-from headstart.encoders import UNTRAINED_NOTE
+from headstart.api import train_heads
+from headstart.encoders import notes_on_encoders
 from headstart.recipes import make_configs
 
 
@@ -118,7 +118,7 @@ def bench_heads(
     for seed in range(num_seeds):
         train_heads(plan.of_seed(seed), cache, runs, residency=residency)
     contenders = [Contender(name, folders) for name, folders in plan.run_dirs(runs, cache).items()]
-    notes = [UNTRAINED_NOTE] if _is_untrained(cache) else []
+    notes = notes_on_encoders(cache)
     board = make_leaderboard(contenders, cache, split=split, left_out=plan.left_out, notes=notes)
     write_leaderboard(board, out)
     return board

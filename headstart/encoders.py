@@ -1,11 +1,14 @@
-"""Encoders by name, and the encoders that a store or a run was made with."""
+"""Encoders by name, and the encoders that a store or a run was made with.
+
+transformers is imported when an encoder is loaded or made, and not before: training needs none.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache_schema.atomic import StorePath
 from cache_schema.errors import StoreMismatchError
@@ -15,12 +18,12 @@ from cache_schema.masks import Size
 from cache_schema.store import Store, StoreHeader, absolute_path, recorded_path, relative_paths
 from cache_schema.views import Aspect
 from extract.encoders import IMAGE_ENCODERS, TEXT_ENCODERS, TINY, resolve_encoder
-from extract.encoders.image import load_image_encoder
 from extract.encoders.protocols import ImageEncoder, TextEncoder
 from extract.encoders.specs import FINAL_LAYER, AttentionOutput, ImageEncoderSpec, Precision, TextEncoderSpec
-from extract.encoders.text import load_text_encoder
-from extract.encoders.tiny import make_tiny_encoders
 from extract.job import pick_device
+
+if TYPE_CHECKING:  # slow to import
+    from extract.encoders.tiny import TinyEncoders
 
 UNTRAINED_NOTE = (
     "The encoders are tiny and untrained: random weights from a fixed seed. "
@@ -42,7 +45,7 @@ def image_spec(
     """An image encoder by name, hub id or folder; `"tiny"` is made under `tiny_folder` if it is not there."""
     preset = IMAGE_ENCODERS.get(name)
     return ImageEncoderSpec(
-        source=str(make_tiny_encoders(tiny_folder).image) if name == TINY else resolve_encoder(name, IMAGE_ENCODERS),
+        source=str(_make_tiny(tiny_folder).image) if name == TINY else resolve_encoder(name, IMAGE_ENCODERS),
         layers=tuple(layers),
         attention=tuple(attention),
         input_size=input_size or (preset.input_size if preset else None),
@@ -56,8 +59,14 @@ def text_spec(
     name: str, tiny_folder: Path, *, precision: Precision = "float32", adapter: Path | None = None
 ) -> TextEncoderSpec:
     """A text encoder by name, hub id or folder; `"tiny"` is made under `tiny_folder` if it is not there."""
-    source = str(make_tiny_encoders(tiny_folder).text) if name == TINY else resolve_encoder(name, TEXT_ENCODERS)
+    source = str(_make_tiny(tiny_folder).text) if name == TINY else resolve_encoder(name, TEXT_ENCODERS)
     return TextEncoderSpec(source, precision, None if adapter is None else str(adapter))
+
+
+def _make_tiny(folder: Path) -> TinyEncoders:
+    from extract.encoders.tiny import make_tiny_encoders
+
+    return make_tiny_encoders(folder)
 
 
 def describe_encoders() -> dict[str, Any]:
@@ -110,6 +119,13 @@ def encoders_table(described: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def notes_on_encoders(cache: FeatureCache) -> list[str]:
+    """What whoever reads scores of heads on this cache must know; the tiny encoders say so in their own config.json."""
+    stores = (cache.images.store, cache.prompts.store)
+    untrained = any(store.header.identity["encoder"]["config"].get("untrained", False) for store in stores)
+    return [UNTRAINED_NOTE] if untrained else []
+
+
 def record_encoders(cache: FeatureCache, run_dir: Path) -> dict[str, Any]:
     """How to load the encoders of a cache again, relative to a run folder."""
     return {"image": _record(cache.images.store, run_dir), "text": _record(cache.prompts.store, run_dir)}
@@ -151,6 +167,8 @@ def load_image_encoder_of_store(store: StorePath, header: StoreHeader, device: s
         UsageError: it cannot be loaded.
         StoreMismatchError: what is loaded is not what the store was made with.
     """
+    from extract.encoders.image import load_image_encoder
+
     spec = _image_spec(*_source_of_store(store, header), _settings(header))
     encoder = load_image_encoder(spec, device=pick_device(device))
     _require_same(encoder, fingerprint(header.identity["encoder"]), f"{store} was made with")
@@ -159,6 +177,8 @@ def load_image_encoder_of_store(store: StorePath, header: StoreHeader, device: s
 
 def load_text_encoder_of_store(store: StorePath, header: StoreHeader, device: str = "auto") -> TextEncoder:
     """The encoder that a prompt-feature store was made with. Raises as `load_image_encoder_of_store` does."""
+    from extract.encoders.text import load_text_encoder
+
     spec = _text_spec(*_source_of_store(store, header), _settings(header))
     encoder = load_text_encoder(spec, device=pick_device(device))
     _require_same(encoder, fingerprint(header.identity["encoder"]), f"{store} was made with")
@@ -174,6 +194,9 @@ def load_recorded_encoders(
         UsageError: an encoder cannot be loaded.
         StoreMismatchError: what is loaded is not what the features were extracted with.
     """
+    from extract.encoders.image import load_image_encoder
+    from extract.encoders.text import load_text_encoder
+
     image, text = config["encoders"]["image"], config["encoders"]["text"]
     loaded_image = load_image_encoder(_image_spec(*_source_of_run(run_dir, image), image), device=pick_device(device))
     loaded_text = load_text_encoder(_text_spec(*_source_of_run(run_dir, text), text), device=pick_device(device))

@@ -16,7 +16,7 @@ from cache_schema.masks import Size, is_empty, union_of_segmentations
 from extract.datasets.faults import AnnotationError, FaultReport, Fields, FileFaults, is_text, type_name
 from extract.datasets.places import Folder
 from extract.datasets.records import Dataset, DatasetReader, SampleRecord, Source
-from extract.images import UndecodableImageError, image_size, is_turned
+from extract.images import UndecodableImageError, read_image_header
 
 COLUMNS = ("image", "image_id", "file_name", "samples")
 """What a row must hold. Of a sample `bbox` and `label` are not read: the mask and the sentences say more."""
@@ -275,15 +275,15 @@ class _Images:
             self._names.add(name)
             self._ids.add(image_id)
             try:
-                size = image_size(data)
-                if is_turned(data):
+                header = read_image_header(data)
+                if header.is_turned:
                     item.fault("its EXIF turns its image, and masks lie as it is stored")
                 elif not _is_free(self._folder.path / name, data):
                     item.fault(
                         f"{self._folder.path / name} is there already and holds something else; name another folder "
                         "with --unpack"
                     )
-                return size
+                return header.size
             except UndecodableImageError as error:
                 item.fault(f"its image cannot be used: {error}")
         return (0, 0)

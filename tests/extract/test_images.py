@@ -27,8 +27,8 @@ from extract.images import (
     UnreadableFileError,
     decode_image,
     image_size,
-    is_turned,
     read_bytes,
+    read_image_header,
 )
 from tests.extract.hostile import (
     PICTURE,
@@ -119,7 +119,7 @@ def test_the_header_tells_the_size_of_the_decoded_image_and_whether_it_is_turned
     keeps_exif = form not in ("BMP", "GIF")
     assert image_size(data) == decode_image(data).shape[:2]
     assert image_size(data) == (PICTURE.shape[1::-1] if keeps_exif and orientation > 4 else PICTURE.shape[:2])
-    assert is_turned(data) == (keeps_exif and orientation != 1)
+    assert read_image_header(data).is_turned == (keeps_exif and orientation != 1)
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -127,7 +127,7 @@ def test_an_orientation_that_only_the_xmp_of_a_tiff_names_counts_for_its_size_to
     xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
     data = encode(PICTURE, "TIFF", tiffinfo={700: xmp})
     assert image_size(data) == decode_image(data).shape[:2]
-    assert is_turned(data) == (orientation != 1)
+    assert read_image_header(data).is_turned == (orientation != 1)
 
 
 COLOURS = {(0, 1): 1, (0, 2): 1, (0, 8): 1, (0, 16): 1, (3, 4): 1, (2, 8): 3, (2, 16): 3, (4, 8): 2, (6, 8): 4}

@@ -497,6 +497,14 @@ def test_a_prepared_store_is_byte_for_byte_that_of_the_same_samples_in_memory(tm
     assert digests == DIGESTS, "stores that were prepared before are made again"
 
 
+def test_every_image_is_opened_once(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    look = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(args) or look(*args, **kwargs))
+    prepare(offer([record(1), record(2), record(3, image_id="two", image_path="2.png")]))
+    assert len(opened) == 2
+
+
 def turned(root: Path) -> None:
     """Write images/1.png as it was, with EXIF that turns it upside down."""
     exif = Image.Exif()

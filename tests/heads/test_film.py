@@ -1,4 +1,4 @@
-"""The FiLM head: the laws of heads, and the same numbers as its formula written with torch's own decoder layer."""
+"""The FiLM head: the same numbers as its formula written with torch's own decoder layer. Its laws: `test_head_laws`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from cache_schema.errors import UsageError
 from heads.film import DecoderLayer, FilmHead, build_film
 from heads.inputs import FeatureShapes
-from tests.heads.laws import (
-    check_export,
-    check_gradients_reach_everything,
-    check_padding_is_not_seen,
-    check_prompts_do_not_see_each_other,
-    make_inputs,
-    overfit,
-    sum_of_outputs,
-)
+from tests.heads.laws import make_inputs, overfit
 
 SHAPES = FeatureShapes({"3": (5, 7, 16), "last": (5, 7, 24), "coarse": (2, 3, 16)}, token_width=12, pooled_width=10)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,22 +28,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def head(request: pytest.FixtureRequest) -> FilmHead:
     torch.manual_seed(0)
     return build_film(SHAPES, **{"layers": ["last"], **VARIANTS[request.param]})
-
-
-def test_prompts_of_a_batch_do_not_see_each_other(head: FilmHead) -> None:
-    check_prompts_do_not_see_each_other(head, make_inputs(SHAPES))
-
-
-def test_padding_is_not_seen(head: FilmHead) -> None:
-    check_padding_is_not_seen(head, make_inputs(SHAPES))
-
-
-def test_gradients_reach_every_parameter(head: FilmHead) -> None:
-    check_gradients_reach_everything(head, make_inputs(SHAPES), sum_of_outputs)
-
-
-def test_it_can_be_exported_for_any_number_of_images_and_prompts(head: FilmHead) -> None:
-    check_export(head, make_inputs(SHAPES), make_inputs(SHAPES, num_images=2, num_prompts=5, seed=1))
 
 
 def test_it_learns_eight_masks_by_heart() -> None:

@@ -1,4 +1,4 @@
-"""The laws that hold for every head, for the heads that have no file of tests of their own."""
+"""The laws that hold for every head, for the heads that are not held to them in a file of tests of their own."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ HEADS = {
         "cross_attention",
         {"layers": ["3", "last"], "dim": 32, "image_depth": 1, "depth": 2, "self_attention": True, "upsample": 2},
     ),
+    "film": ("film", {"layers": ["last"]}),
+    "projected film": ("film", {"layers": ["last"], "dim": 32, "num_heads": 4}),
+    "film of two layers": ("film", {"layers": ["3", "last"], "residual": True, "upsample": 2}),
 }
 
 
