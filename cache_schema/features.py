@@ -137,6 +137,11 @@ class PromptFeatures:
         """(L, D) token features of all prompts, end to end."""
         return self.store.read("tokens")
 
+    @cached_property
+    def token_ids(self) -> NDArray[np.int32]:
+        """(L,) token ids of all prompts, end to end."""
+        return self.store.read("token_ids")
+
     def pooled(self) -> NDArray[Any]:
         """(M, P) pooled prompt features."""
         return self.store.read("pooled")

@@ -83,15 +83,21 @@ class Draw:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets of b prompts; `samples` are their rows in the samples store.
+    """Inputs and targets of b prompts about i images.
 
-    `targets_at` has the targets at each (H, W) at which they are kept, `unmasked` all but their masks.
+    Args:
+        unmasked: targets but for their masks; `targets_at` has them at each (H, W) at which they are kept.
+        samples: (b,) rows of the samples store.
+        image_rows: (i,) rows of the image-feature store.
+        prompt_rows: (b,) rows of the prompt-feature store.
     """
 
     inputs: StoredInputs
     unmasked: Targets
     targets_at: Mapping[Size, Targets]
     samples: NDArray[np.int64]
+    image_rows: NDArray[np.int64]
+    prompt_rows: NDArray[np.int64]
 
     @property
     def targets(self) -> Float[Tensor, "b h w"]:
@@ -232,7 +238,7 @@ class CachedSplit:
                 (size, packed.unpack(places, draw.views)) for size, packed in self._targets.items()
             )
         }
-        return Batch(inputs, unmasked, targets_at, draw.samples)
+        return Batch(inputs, unmasked, targets_at, draw.samples, rows, self._prompt_of[places])
 
     def _draw_views(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """(S,) the view of each sample's image in one epoch: one for all prompts of an image, where they allow it."""

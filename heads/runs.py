@@ -78,6 +78,11 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def num_epochs(self) -> int:
+        """Epochs that were validated; what a head that was trained before says at the start is none."""
+        return sum(entry["epoch"] > 0 for entry in self.history)
+
+    @property
     def best(self) -> dict[str, Any]:
         """The validation with the best score, the earliest of several."""
         return max(self.history, key=score_of)
@@ -95,14 +100,18 @@ def score_of(validation: Mapping[str, Any]) -> float:
     return float(-validation["val_loss"] if mean_iou is None else mean_iou)
 
 
-def run_identity(config: TrainConfig, cache: FeatureCache) -> dict[str, Any]:
-    """Everything that decides what a run learns: its settings and the fingerprints of its stores."""
-    return {"config": dataclasses.asdict(config), "stores": cache.fingerprints}
+def run_identity(config: TrainConfig, cache: FeatureCache, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything that decides what a run learns: its settings and the fingerprints of its stores.
+
+    Args:
+        more: what else does, by a name of its own, such as encoders that learn with the head.
+    """
+    return {"config": dataclasses.asdict(config), "stores": cache.fingerprints, **(more or {})}
 
 
-def run_name(config: TrainConfig, cache: FeatureCache) -> str:
+def run_name(config: TrainConfig, cache: FeatureCache, more: Mapping[str, Any] | None = None) -> str:
     """A folder name for a run: the head and the first 12 digits of the run's fingerprint."""
-    return f"{config.head}-{fingerprint(run_identity(config, cache))[:12]}"
+    return f"{config.head}-{fingerprint(run_identity(config, cache, more))[:12]}"
 
 
 def read_run_config(run_dir: Path, *needed: str) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from cache_schema import atomic
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
-from heads.checkpoint import HeadSpec, load_head
-from heads.data import CachedSplit, Draw, Residency, feature_shapes, prefetch, timed
+from heads.checkpoint import HeadSpec
+from heads.data import Batch, CachedSplit, Draw, Residency, feature_shapes, prefetch, timed
+from heads.live import LiveEncoders
 from heads.runs import FINISHED, STATE, Training, read_training, refuse_other_run, run_identity
 from heads.train_config import TrainConfig
 from heads.trainee import Trainee
@@ -29,11 +30,19 @@ SHARED_SETTINGS = ("epochs", "batch_size", "prompts_per_image", "order_seed", "t
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """One head to train, its run folder, and what else its config.json should say."""
+    """One head to train.
+
+    Args:
+        recorded: what else its config.json should say.
+        identity: what else decides what is learned, see `run_identity`.
+        initial: a trained head of the same shape to go on from, such as a run's best/.
+    """
 
     config: TrainConfig
     run_dir: Path
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    initial: Path | None = None
 
 
 def train(
@@ -56,6 +65,7 @@ def train_together(
     *,
     residency: Residency = "auto",
     trackers: Sequence[str] = ("tensorboard",),
+    encoders: LiveEncoders | None = None,
 ) -> list[Training]:
     """Train heads on one cache, each batch being read once for all of them, or go on where an earlier call was killed.
 
@@ -63,12 +73,15 @@ def train_together(
 
     Args:
         trackers: what accelerate logs each validation to: tensorboard, wandb, ...
+        encoders: those that learn with the head, of which there is one then.
 
     Raises:
         UsageError: a head or its arguments are unknown, the heads would see other batches, a run folder holds another
             run, or a loss is no longer finite.
     """
     _require_shared(requests)
+    if encoders is not None and len(requests) > 1:
+        raise UsageError("encoders learn together with one head; train the others on what they are extracted to.")
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"the tracker {name} is not installed; install it (pip install {name}) or leave it out.")
@@ -77,13 +90,23 @@ def train_together(
     shapes, trainees, finished = feature_shapes(cache), dict[int, Trainee](), dict[int, Training]()
     for place, request in enumerate(requests):
         spec = HeadSpec(request.config.head, request.config.arguments, shapes)
-        refuse_other_run(request.run_dir, run_identity(request.config, cache))
+        identity = run_identity(request.config, cache, request.identity)
+        refuse_other_run(request.run_dir, identity)
         if (training := read_training(request.run_dir)) is not None:
             finished[place] = training
         else:
-            trainees[place] = Trainee(request.config, spec, cache, request.run_dir, accelerator, request.recorded)
+            recorded = {"encoder_fingerprints": cache.encoder_fingerprints, **request.recorded}
+            trainees[place] = Trainee(
+                request.config,
+                spec,
+                request.run_dir,
+                accelerator,
+                {**identity, **recorded},
+                encoders=encoders,
+                initial=request.initial,
+            )
     if trainees:
-        loop = _Loop(list(trainees.values()), cache, residency, accelerator, trackers)
+        loop = _Loop(list(trainees.values()), cache, residency, accelerator, trackers, encoders)
         loop.run()
         finished |= dict(zip(trainees, loop.finish(), strict=True))
     return [finished[place] for place in range(len(requests))]
@@ -99,8 +122,10 @@ class _Loop:
         residency: Residency,
         accelerator: Accelerator,
         trackers: Sequence[str],
+        encoders: LiveEncoders | None,
     ) -> None:
         self._trainees = trainees
+        self._encoders = encoders
         self._accelerator = accelerator
         self._config = config = trainees[0].config
         heads = [trainee.head for trainee in trainees]
@@ -108,6 +133,8 @@ class _Loop:
         attention = list(dict.fromkeys(name for head in heads for name in head.attention))
         sizes = [trainee.config.target_size for trainee in trainees if trainee.config.needs_masks]
         grids = list(dict.fromkeys(layer for trainee in trainees for layer in trainee.learnt_grids))
+        if encoders is not None and encoders.image is not None:  # nothing of an image is read from the cache
+            layers, attention, grids = [], [], []
         scored = [trainee.config.target_size for trainee in trainees] if _has_masks(cache, config.val_split) else []
         device = accelerator.device
         self._train = CachedSplit(
@@ -137,6 +164,10 @@ class _Loop:
 
     def run(self) -> None:
         """Train until every head has had its epochs or its patience is at an end."""
+        begins = [trainee for trainee in self._trainees if trainee.starts_trained and not trainee.progress.history]
+        self._validate(begins)
+        for trainee in begins:
+            trainee.note_validation(0, trainee.finish_scores())
         step = min(trainee.progress.step for trainee in self._trainees)
         names = ", ".join(trainee.config.head for trainee in self._trainees)
         shown = self._accelerator.is_main_process
@@ -144,17 +175,17 @@ class _Loop:
             while step < self._num_steps and (active := self._active()):
                 epoch, first = divmod(step, self._steps_per_epoch)
                 order = self._order(epoch)[first:]
-                for batch, waited_s in timed(prefetch(self._train.load(draw) for draw in order)):
+                for batch, waited_s in timed(prefetch(self._load(self._train, draw) for draw in order)):
                     for trainee in active:
                         if trainee.progress.step == step:  # one that was further when it was killed waits
                             trainee.step(batch, waited_s, self._steps_per_epoch)
                     step += 1
                     bar.update()
                 due = [trainee for trainee in active if trainee.progress.step == step]
-                due = [trainee for trainee in due if len(trainee.progress.history) <= epoch]
+                due = [trainee for trainee in due if trainee.progress.num_epochs <= epoch]
                 self._validate(due)
                 for trainee in due:
-                    entry = trainee.end_epoch(epoch, trainee.finish_scores())
+                    entry = trainee.note_validation(epoch + 1, trainee.finish_scores())
                     self._trackers[self._trainees.index(trainee)].log(entry)
                     bar.set_postfix_str(_shown(trainee, entry, len(self._trainees) > 1))
 
@@ -165,7 +196,7 @@ class _Loop:
             best = dict(trainee.progress.best)
             if self._config.val_samples is not None:
                 self._accelerator.wait_for_everyone()
-                trainee.kept.load_state_dict(load_head(trainee.run_dir / "best")[1].state_dict())
+                trainee.load_best()
                 self._validate([trainee], in_full=True)
                 best |= trainee.finish_scores()
             summary = {
@@ -204,9 +235,13 @@ class _Loop:
         if not trainees:
             return
         draws = self._val_draws(in_full)[self._accelerator.process_index :: self._accelerator.num_processes]
-        for batch in prefetch(self._val.load(draw) for draw in draws):
+        for batch in prefetch(self._load(self._val, draw) for draw in draws):
             for trainee in trainees:
                 trainee.score(batch)
+
+    def _load(self, split: CachedSplit, draw: Draw) -> Batch:
+        batch = split.load(draw)
+        return batch if self._encoders is None else self._encoders.fill(batch)
 
     def _val_draws(self, in_full: bool) -> list[Draw]:
         num = self._config.val_samples

@@ -22,14 +22,15 @@ from tqdm import tqdm
 
 from cache_schema import atomic
 from cache_schema.errors import UsageError
-from cache_schema.features import FeatureCache
-from heads.checkpoint import HeadSpec, save_head
+from heads.checkpoint import HeadSpec, load_head, save_head
 from heads.data import Batch
 from heads.embedding import Embedder, gather_pairs
+from heads.gradient_cache import backward_in_parts
 from heads.inputs import Head, HeadInputs, HeadOutputs
+from heads.live import LiveBatch, LiveEncoders, LiveInputs
 from heads.losses import CONTRASTIVE_TERMS, Targets, mask_iou, overlap, resize_logits, total_loss
 from heads.retrieval import Retrieval
-from heads.runs import METRICS, Progress, has_state, read_state, run_identity, score_of, write_state
+from heads.runs import METRICS, Progress, has_state, read_state, score_of, write_state
 from heads.train_config import TrainConfig
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,23 +42,29 @@ class Trainee:
     Its randomness is its own: what other heads draw beside it changes nothing.
 
     Args:
-        recorded: what else config.json should say.
+        recorded: what config.json should say.
+        encoders: those that learn with it.
+        initial: a trained head to go on from.
 
     Raises:
-        UsageError: the head or its arguments are unknown, or this device cannot train it so.
+        UsageError: the head or its arguments are unknown, `initial` is another head, or this device cannot train it so.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         spec: HeadSpec,
-        cache: FeatureCache,
         run_dir: Path,
         accelerator: Accelerator,
         recorded: Mapping[str, Any],
+        *,
+        encoders: LiveEncoders | None = None,
+        initial: Path | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
+        self.starts_trained = initial is not None
+        self._encoders = encoders
         self._spec = spec
         self._accelerator = accelerator
         self._device = accelerator.device
@@ -65,8 +72,17 @@ class Trainee:
             raise UsageError("mixed_precision=fp16 needs an accelerator; on a CPU take bf16, or no.")
         torch.manual_seed(config.seed)
         self.head: Head = spec.build(fresh=not has_state(run_dir))
+        if initial is not None:
+            _take_over(self.head, initial)
         self._randomness = _Randomness(self._device)
         groups = config.parameter_groups(self.head)
+        if encoders is not None:
+            encoders.to(self._device)
+            groups += [{"params": encoders.parameters, "share": encoders.rate}] if encoders.parameters else []
+            if config.ema is not None:
+                raise UsageError(
+                    "a running mean of the weights (ema) is not kept of encoders that learn; leave it out."
+                )
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self.head.to(self._device)
         self._optimizer = kind(
@@ -83,11 +99,11 @@ class Trainee:
             )
         )
         self.progress = Progress()
+        self._best_adapters: dict[str, Tensor] = {}
         self._restore()
-        self._model: nn.Module = accelerator.prepare_model(Embedder(self.head) if config.compares_only else self.head)
+        self._model: nn.Module = accelerator.prepare_model(self._asked(self.head, config.compares_only).train())
         if accelerator.is_main_process:
-            more = {"encoder_fingerprints": cache.encoder_fingerprints, **recorded, **self._initial()}
-            atomic.write_json(run_dir / "config.json", {**run_identity(config, cache), **more})
+            atomic.write_json(run_dir / "config.json", {**recorded, **self._initial()})
         self._started = time.perf_counter() - self.progress.elapsed_s
         self._saved_at = self.progress.step
         self._scores = _Scores()
@@ -127,15 +143,13 @@ class Trainee:
         group_size = min(config.accumulate, steps_per_epoch - (place - place_in_group))
         takes_step = place_in_group + 1 == group_size
         inputs, targets = self._load(batch)
-        with self._randomness, nullcontext() if takes_step else self._accelerator.no_sync(self._model):
-            with self._autocast():
-                loss = total_loss(*gather_pairs(self._model(inputs), targets), config.loss, config.loss_arguments)
-            if not torch.isfinite(loss):
-                raise UsageError(
-                    f"the loss of {config.head} is {loss.item()} at step {progress.step + 1}: "
-                    "lower learning_rate, or clip_norm."
-                )
-            self._scaler.scale(loss / group_size).backward()  # type: ignore[no-untyped-call]
+        with self._randomness, nullcontext() if takes_step else self._held():
+            loss = self._backward(inputs, targets, group_size)
+        if not torch.isfinite(loss):
+            raise UsageError(
+                f"the loss of {config.head} is {loss.item()} at step {progress.step + 1}: "
+                "lower learning_rate, or clip_norm."
+            )
         if takes_step:
             self._take_step()
         progress.step += 1
@@ -151,11 +165,10 @@ class Trainee:
     def score(self, batch: Batch) -> None:
         """Count one batch of a validation."""
         inputs, targets = self._load(batch)
-        kept = self.kept.eval()
+        asked = self._asked(self.kept, self.config.compares_only and not targets.masks.numel()).eval()
         with self._autocast():
-            asked = kept if targets.masks.numel() or not self.config.compares_only else Embedder(kept)
             outputs: HeadOutputs = asked(inputs)
-        kept.train()
+        asked.train()
         if self._compares and outputs.embeddings is not None:
             assert targets.image_index is not None
             assert targets.image_ids is not None
@@ -193,31 +206,83 @@ class Trainee:
             **{f"val_{name}": value for name, value in recall.items()},
         }
 
-    def end_epoch(self, epoch: int, scores: Mapping[str, Any]) -> dict[str, Any]:
-        """Note a validation, and keep the head, as the best if it is; returns what metrics.jsonl says of it."""
+    def note_validation(self, epoch: int, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """Note a validation after so many epochs, and keep the head, as the best if it is.
+
+        Returns:
+            What metrics.jsonl says of it. Before the first step there is no training loss.
+        """
         progress = self.progress
         entry = {
             "step": progress.step,
-            "epoch": epoch + 1,
-            "train_loss": progress.loss_sum / progress.loss_count,
+            "epoch": epoch,
+            "train_loss": progress.loss_sum / progress.loss_count if progress.loss_count else None,
             **scores,
-            "learning_rate": max(
-                group["lr"] / group["share"] for group in self._optimizer.param_groups if group["share"]
-            ),
+            "learning_rate": self._learning_rate(),
             "train_s": round(progress.train_s, 3),
             "data_wait_s": round(progress.data_wait_s, 3),
             "elapsed_s": round(time.perf_counter() - self._started, 3),
         }
         improved = not progress.history or score_of(entry) > score_of(progress.best)
         self.progress = Progress(progress.step, time.perf_counter() - self._started, history=[*progress.history, entry])
+        if self._encoders is not None and improved:
+            self._best_adapters = self._encoders.state()
         if self._accelerator.is_main_process:
-            if improved:
-                save_head(self.run_dir / "best", self._spec, self.kept)
-            save_head(self.run_dir / "last", self._spec, self.kept)
+            for name in ("best", "last") if improved else ("last",):
+                save_head(self.run_dir / name, self._spec, self.kept)
+                if self._encoders is not None:
+                    self._encoders.save(self.run_dir if name == "best" else self.run_dir / name)
             lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.progress.history)
             atomic.write_file(self.run_dir / METRICS, lines.encode())
         self._save_state()
         return entry
+
+    def load_best(self) -> None:
+        """Go back to the weights of the best validation."""
+        self.kept.load_state_dict(load_head(self.run_dir / "best")[1].state_dict())
+        if self._encoders is not None:
+            self._encoders.load_state(self._best_adapters)
+
+    def _asked(self, head: Head, only_compares: bool) -> nn.Module:
+        """What is called with inputs: a head or its embeddings, perhaps behind encoders."""
+        learner = Embedder(head) if only_compares else head
+        return learner if self._encoders is None else self._encoders.around(learner)
+
+    def _backward(self, inputs: HeadInputs | LiveInputs, targets: Targets, group_size: int) -> Tensor:
+        """Add the gradients of one batch to those of its group; returns the loss."""
+        config, encoders = self.config, self._encoders
+
+        def loss_of(outputs: HeadOutputs) -> Tensor:
+            return total_loss(*gather_pairs(outputs, targets), config.loss, config.loss_arguments)
+
+        def scaled(loss: Tensor) -> Tensor:
+            return self._scaler.scale(loss / group_size)
+
+        with self._autocast():
+            in_parts = encoders.images_at_once if encoders is not None and config.compares_only else None
+            if in_parts is not None:
+                assert isinstance(inputs, LiveInputs)
+                nothing = targets.masks.new_empty(len(targets.no_target), 0, 0)
+                return backward_in_parts(
+                    self._model,
+                    inputs,
+                    lambda embeddings: loss_of(HeadOutputs(nothing, embeddings=embeddings)),
+                    images_at_once=in_parts,
+                    scale=scaled,
+                    held=self._held,
+                )
+            loss = loss_of(self._model(inputs))
+        scaled(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _held(self) -> AbstractContextManager[Any]:
+        """Processes do not exchange gradients within."""
+        held: AbstractContextManager[Any] = self._accelerator.no_sync(self._model)
+        return held
+
+    def _learning_rate(self) -> float:
+        groups = self._optimizer.param_groups
+        return max((group["lr"] / group["share"] for group in groups if group["share"]), default=0.0)
 
     def _initial(self) -> dict[str, Any]:
         """What the head took over from another checkpoint, told once and recorded for good."""
@@ -231,14 +296,16 @@ class Trainee:
         tqdm.write(report.summary())
         return {"initial": report.to_dict()}
 
-    def _load(self, batch: Batch) -> tuple[HeadInputs, Targets]:
+    def _load(self, batch: Batch) -> tuple[HeadInputs | LiveInputs, Targets]:
         targets = batch.targets_at.get(self.config.target_size, batch.unmasked)
-        return batch.inputs.to(self._device), targets.to(self._device)
+        inputs = batch.live if isinstance(batch, LiveBatch) else batch.inputs
+        return inputs.to(self._device), targets.to(self._device)
 
     def _take_step(self) -> None:
         if self.config.clip_norm:
             self._scaler.unscale_(self._optimizer)
-            torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip_norm)
+            parameters = [value for group in self._optimizer.param_groups for value in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
@@ -261,6 +328,8 @@ class Trainee:
             "scaler": self._scaler.state_dict(),
             "ema": None if self._ema is None else self._ema.state_dict(),
             "randomness": self._randomness.states,
+            "adapters": {} if self._encoders is None else self._encoders.state(),
+            "best_adapters": self._best_adapters,
         }
         write_state(self.run_dir, state)
 
@@ -274,7 +343,21 @@ class Trainee:
         if self._ema is not None:
             self._ema.load_state_dict(state["ema"])
         self._randomness.states = state["randomness"]
+        if self._encoders is not None:
+            self._encoders.load_state(state["adapters"])
+            self._best_adapters = state["best_adapters"]
         self.progress = Progress(**state["progress"])
+
+
+def _take_over(head: Head, folder: Path) -> None:
+    """Give a head the weights of a trained one."""
+    weights = load_head(folder)[1].state_dict()
+    try:
+        head.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UsageError(
+            f"the head at {folder} is another than is to be trained: {' '.join(str(error).split())}"
+        ) from error
 
 
 class _Randomness:
