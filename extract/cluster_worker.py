@@ -121,11 +121,11 @@ _open_job = _OpenJob()
 
 
 def _open(assignment: Assignment, worker: object) -> Job:
-    num_cores = max(1, num_cores() // assignment.workers_per_host)
-    torch.set_num_threads(num_cores)  # dask gives its workers one
+    num_own = max(1, num_cores() // assignment.workers_per_host)
+    torch.set_num_threads(num_own)  # dask gives its workers one
     task = assignment.task
     if isinstance(task, ImageTask) and task.config.decode_threads is None:
-        task = replace(task, config=replace(task.config, decode_threads=num_cores))
+        task = replace(task, config=replace(task.config, decode_threads=num_own))
     job = task.open(_device_of(worker, assignment.device))
     header = job.writer.header
     if header.fingerprint != assignment.fingerprint:
