@@ -27,6 +27,7 @@ bench:
 	$(BENCH_PYTHON) -m benchmarks.int8 --demo build/demo --json build/int8.json
 	$(BENCH_PYTHON) -m benchmarks.extract --json build/extract.json
 	$(BENCH_PYTHON) -m benchmarks.prepare --json build/prepare.json
+	$(BENCH_PYTHON) -m benchmarks.train --json build/train.json
 
 # The stamp is written last, so an installation that was cut short starts again.
 $(STAMP): pyproject.toml constraints.txt
