@@ -40,7 +40,7 @@ from extract.job import pick_device
 from extract.prepare import PrepareConfig, prepare
 from extract.prompt_job import PromptJobConfig, extract_prompts
 from heads.checkpoint import HeadSpec
-from heads.data import Batch, CachedSplit, Draw, feature_shapes, prefetch
+from heads.data import Batch, CachedSplit, Draw, feature_shapes
 from heads.inputs import StoredInputs
 from heads.train import TrainRequest, train_together
 from heads.train_config import TrainConfig
@@ -202,12 +202,13 @@ class Encoders:
         prompts = [samples.prompts[row] for row in samples.prompt_rows[batch.samples].tolist()]
         text = self.text.encode(self.text.tokenize(prompts))
         asked = batch.inputs
+        reads_tokens = asked.prompt_mask.shape[1] > 0
         inputs = StoredInputs(  # clones, since no gradient may come to what inference mode made
             features={layer: seen.features[layer].clone() for layer in asked.features},
             scale={},
             cls={layer: seen.cls[layer].clone() for layer in asked.cls},
-            prompt_tokens=text.tokens.masked_fill(~text.mask[..., None], 0),
-            prompt_mask=text.mask.clone(),
+            prompt_tokens=text.tokens.masked_fill(~text.mask[..., None], 0) if reads_tokens else asked.prompt_tokens,
+            prompt_mask=text.mask.clone() if reads_tokens else asked.prompt_mask,
             pooled=text.pooled.clone(),
             image_index=asked.image_index,
             attention={name: seen.attention[name].clone() for name in asked.attention},
@@ -272,6 +273,7 @@ class _Bench:
             self._device,
             attention=head.attention,
             grids=trainee.learnt_grids,
+            tokens=head.reads_tokens,
         )
         draws = self._draws(split, config)
         kept = [lay_on_device(split.load(draw), self._device) for draw in draws]
@@ -279,7 +281,7 @@ class _Bench:
         _learn(trainee, kept[:2])  # whatever happens only once
         num = self._config.batches_of_turn(min(_seconds(partial(_learn, trainee, [batch])) for batch in kept))
         sources: dict[str, Callable[[], Iterable[Batch]]] = {
-            CACHE: lambda: prefetch(split.load(draw) for draw in islice(cycle(draws), num)),
+            CACHE: lambda: split.batches(islice(cycle(draws), num)),
             MEMORY: lambda: islice(cycle(kept), num),
             LOOP: lambda: map(encoders.encode, islice(cycle(kept), _LOOP_BATCHES)),
         }

@@ -35,7 +35,7 @@ from evaluate.predictor import open_image, probabilities_in_image
 from evaluate.report import Example, Group, RunReport, write_report
 from extract.job import pick_device
 from heads.checkpoint import load_head
-from heads.data import CachedSplit, Draw, prefetch
+from heads.data import CachedSplit, Draw
 from heads.inputs import Head
 from heads.runs import read_run_config
 
@@ -160,7 +160,9 @@ def evaluate_run(run_dir: Path, cache: FeatureCache, split: str, protocol: Proto
     head = head.to(pick_device())
     _check_same_encoders(run_dir, cache)
     samples = cache.samples.samples
-    data = CachedSplit(cache, split, None, head.layers, device=pick_device(), attention=head.attention)
+    data = CachedSplit(
+        cache, split, None, head.layers, device=pick_device(), attention=head.attention, tokens=head.reads_tokens
+    )
     state: State = ()
     rows = []
     bar = tqdm(total=len(data), desc=f"evaluating {spec.head} on {split}", unit="prompt")
@@ -211,7 +213,7 @@ def predict_masks(
     A head says nothing of what the view of an image does not show; it is not marked.
     """
     device, samples = next(head.parameters()).device, cache.samples.samples
-    for draw, batch in zip(batches, prefetch(data.load(draw) for draw in batches), strict=True):
+    for draw, batch in zip(batches, data.batches(batches), strict=True):
         with torch.inference_mode():
             outputs = head(batch.inputs.to(device))
         absent, ious = outputs.no_target_logits, outputs.iou

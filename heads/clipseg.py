@@ -42,6 +42,7 @@ class CLIPSegHead(Head):
     """
 
     initial_report: CLIPSegReport | None = None
+    reads_tokens = False
 
     def __init__(
         self,

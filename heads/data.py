@@ -114,6 +114,7 @@ class CachedSplit:
         layers: layers to load, with their CLS tokens; by default all that were cached.
         grids: those of the layers whose token grids are loaded; by default all of them.
         attention: attention outputs to load.
+        tokens: load the tokens of prompts; otherwise there are none, (b, 0, e).
         first: so many samples of the split at most, the first ones; None for all.
         residency: `"device"` keeps every feature on `device`, `"ram"` in memory, `"disk"` reads at each batch; `"auto"`
             takes the first of them where the features fill at most half of what is free. Same order and same values
@@ -137,6 +138,7 @@ class CachedSplit:
         attention: Sequence[str] = (),
         first: int | None = None,
         grids: Sequence[str] | None = None,
+        tokens: bool = True,
     ) -> None:
         layers = tuple(cache.images.layers if layers is None else layers)
         grids = layers if grids is None else tuple(grids)
@@ -159,11 +161,11 @@ class CachedSplit:
             size: _PackedTargets(cache, self.samples, self._image_of, self._num_views, size, split)
             for size in self.target_sizes
         }
-        self._offsets = torch.from_numpy(cache.prompts.offsets)
-        self._tokens = torch.from_numpy(cache.prompts.tokens())
+        self._tokens = _Tokens(cache, kept=tokens)
         self._pooled = torch.from_numpy(cache.prompts.pooled())
         rows = np.unique(self._image_of[:, None] + np.arange(self._num_views))
         self._arrays = _Arrays(cache, layers, grids, attention, rows, residency, torch.device(device))
+        self._device = torch.device(device)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -172,6 +174,19 @@ class CachedSplit:
     def residency(self) -> Residency:
         """Where the features are."""
         return self._arrays.residency
+
+    @property
+    def waits(self) -> bool:
+        """Whether loading waits for a disk or a device, so that a thread of its own hides it.
+
+        Otherwise it is work for the same cores, and a thread would only get into the way of torch's own.
+        """
+        return self.residency == "disk" or self._device.type != "cpu"
+
+    def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
+        """Load draws one after the other, ahead of whoever consumes them where that helps."""
+        loaded = map(self.load, draws)
+        return prefetch(loaded) if self.waits else loaded
 
     def epoch(
         self,
@@ -214,11 +229,7 @@ class CachedSplit:
         whole = self._image_of[places]
         rows, first, image_index = np.unique(whole + draw.views, return_index=True, return_inverse=True)
         prompts = torch.from_numpy(self._prompt_of[places])
-        starts, stops = self._offsets[prompts], self._offsets[prompts + 1]
-        lengths = stops - starts
-        steps = torch.arange(int(lengths.max()))
-        mask = steps < lengths[:, None]
-        tokens = self._tokens[(starts[:, None] + steps).clamp(max=len(self._tokens) - 1)] * mask[..., None]
+        tokens, mask = self._tokens.load(prompts)
         inputs = StoredInputs(
             features=self._arrays.load("features", rows),
             scale=self._arrays.load("scale", rows),
@@ -245,6 +256,29 @@ class CachedSplit:
         images, image_of = np.unique(self._image_of, return_inverse=True)
         drawn = np.random.default_rng([seed, epoch, 1]).integers(self._num_views, size=len(images))[image_of]
         return np.where(self._allowed[np.arange(len(drawn)), drawn], drawn, 0)
+
+
+class _Tokens:
+    """The tokens of all prompts, in memory; or none."""
+
+    def __init__(self, cache: FeatureCache, *, kept: bool) -> None:
+        width = cache.prompts.store.layouts["tokens"].shape[1]
+        self._offsets = torch.from_numpy(cache.prompts.offsets)
+        self._tokens = torch.from_numpy(cache.prompts.tokens()) if kept else torch.empty(0, width)
+        self._kept = kept
+
+    def load(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, l, e) tokens, 0 behind each prompt's last, and the (b, l) mask."""
+        if not self._kept:
+            none = self._tokens.expand(len(prompts), *self._tokens.shape)
+            return none, torch.empty(len(prompts), 0, dtype=torch.bool)
+        starts = self._offsets[prompts]
+        lengths = self._offsets[prompts + 1] - starts
+        steps = torch.arange(int(lengths.max()))
+        mask = steps < lengths[:, None]
+        places = (starts[:, None] + steps).clamp(max=len(self._tokens) - 1)
+        tokens = self._tokens.index_select(0, places.flatten()).view(*places.shape, -1)
+        return tokens.masked_fill_(~mask[..., None], 0), mask
 
 
 class _Arrays:

@@ -113,6 +113,8 @@ class FilmHead(Head):
         upsample: side of the square of logits that each token gives.
     """
 
+    reads_tokens = False
+
     def __init__(
         self,
         *,

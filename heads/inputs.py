@@ -195,12 +195,14 @@ class Head(nn.Module, ABC):
     """What every head is: a module that names what it reads of a cache and maps inputs to outputs.
 
     `layers` are the cached layers, whose CLS tokens come with them where they have some; `attention` are the attention
-    outputs. `embedded_layers` are those of the layers whose token grids `embed` reads.
+    outputs. `embedded_layers` are those of the layers whose token grids `embed` reads. `reads_tokens` says whether it
+    looks at `prompt_tokens`; one that does not may be given none (b, 0, e).
     """
 
     layers: tuple[str, ...]
     attention: tuple[str, ...] = ()
     embedded_layers: tuple[str, ...] = ()
+    reads_tokens: bool = True
 
     @abstractmethod
     def forward(self, inputs: HeadInputs) -> HeadOutputs: ...

@@ -19,6 +19,8 @@ class LinearHead(Head):
         layer: the cached layer it reads.
     """
 
+    reads_tokens = False
+
     def __init__(self, *, image_width: int, pooled_width: int, layer: str) -> None:
         super().__init__()
         self.layers = (layer,)

@@ -92,6 +92,7 @@ class Talk2DinoHead(Head):
     """
 
     initial_report: Talk2DinoReport | None = None
+    reads_tokens = False
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ class _Loop:
         attention = list(dict.fromkeys(name for head in heads for name in head.attention))
         sizes = [trainee.config.target_size for trainee in trainees if trainee.config.needs_masks]
         grids = list(dict.fromkeys(layer for trainee in trainees for layer in trainee.learnt_grids))
+        tokens = any(head.reads_tokens for head in heads) and (encoders is None or encoders.text is None)
         if encoders is not None and encoders.image is not None:  # nothing of an image is read from the cache
             layers, attention, grids = [], [], []
         scored = [trainee.config.target_size for trainee in trainees] if _has_masks(cache, config.val_split) else []
@@ -147,6 +148,7 @@ class _Loop:
             all_views=True,
             attention=attention,
             grids=grids,
+            tokens=tokens,
         )
         self._val = CachedSplit(
             cache,
@@ -157,6 +159,7 @@ class _Loop:
             device,
             attention=attention,
             grids=layers if scored else grids,
+            tokens=tokens,
         )
         self._steps_per_epoch = len(self._order(0))
         self._num_steps = config.epochs * self._steps_per_epoch
@@ -175,7 +178,7 @@ class _Loop:
             while step < self._num_steps and (active := self._active()):
                 epoch, first = divmod(step, self._steps_per_epoch)
                 order = self._order(epoch)[first:]
-                for batch, waited_s in timed(prefetch(self._load(self._train, draw) for draw in order)):
+                for batch, waited_s in timed(self._batches(self._train, order)):
                     for trainee in active:
                         if trainee.progress.step == step:  # one that was further when it was killed waits
                             trainee.step(batch, waited_s, self._steps_per_epoch)
@@ -235,13 +238,13 @@ class _Loop:
         if not trainees:
             return
         draws = self._val_draws(in_full)[self._accelerator.process_index :: self._accelerator.num_processes]
-        for batch in prefetch(self._load(self._val, draw) for draw in draws):
+        for batch in self._batches(self._val, draws):
             for trainee in trainees:
                 trainee.score(batch)
 
-    def _load(self, split: CachedSplit, draw: Draw) -> Batch:
-        batch = split.load(draw)
-        return batch if self._encoders is None else self._encoders.fill(batch)
+    def _batches(self, split: CachedSplit, draws: Iterable[Draw]) -> Iterator[Batch]:
+        encoders = self._encoders
+        return split.batches(draws) if encoders is None else prefetch(encoders.fill(split.load(draw)) for draw in draws)
 
     def _val_draws(self, in_full: bool) -> list[Draw]:
         num = self._config.val_samples

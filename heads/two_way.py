@@ -52,6 +52,7 @@ class TwoWayHead(Head):
     ) -> None:
         super().__init__()
         self.layers = tuple(layers)
+        self.reads_tokens = token_width is not None
         self.neck = neck
         self.positions = positions
         self.decoder = decoder

@@ -35,6 +35,18 @@ def make_inputs(shapes: FeatureShapes, num_images: int = 3, num_prompts: int = 8
     )
 
 
+def check_tokens_are_missed_by_who_reads_them(head: Head, inputs: HeadInputs) -> None:
+    """A head that says it reads no prompt tokens says the same without any; one that reads them says something else."""
+    head.eval()
+    none = dataclasses.replace(inputs, prompt_tokens=inputs.prompt_tokens[:, :0], prompt_mask=inputs.prompt_mask[:, :0])
+    others = dataclasses.replace(inputs, prompt_tokens=inputs.prompt_tokens + 3 * inputs.prompt_mask[..., None])
+    with torch.no_grad():
+        expected = tensors_of(head(inputs))
+        found = tensors_of(head(others if head.reads_tokens else none))
+    same = all(torch.equal(found[name], value) for name, value in expected.items())
+    assert same != head.reads_tokens
+
+
 def tensors_of(outputs: HeadOutputs) -> dict[str, Tensor]:
     """The outputs that a head gives for each prompt."""
     fields = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}

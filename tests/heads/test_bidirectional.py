@@ -22,6 +22,7 @@ from tests.heads.laws import (
     check_gradients_reach_everything,
     check_padding_is_not_seen,
     check_prompts_do_not_see_each_other,
+    check_tokens_are_missed_by_who_reads_them,
     make_inputs,
     overfit,
     select,
@@ -77,6 +78,7 @@ def test_prompts_of_a_batch_do_not_see_each_other(name: str) -> None:
 def test_padding_is_not_seen(name: str) -> None:
     head, shapes = build(name)
     check_padding_is_not_seen(head, make_inputs(shapes), tolerance=0)
+    check_tokens_are_missed_by_who_reads_them(head, make_inputs(shapes))
 
 
 def test_gradients_reach_every_parameter(name: str) -> None:

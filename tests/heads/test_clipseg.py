@@ -26,6 +26,7 @@ from tests.heads.laws import (
     check_gradients_reach_everything,
     check_padding_is_not_seen,
     check_prompts_do_not_see_each_other,
+    check_tokens_are_missed_by_who_reads_them,
     make_inputs,
     overfit,
     sum_of_outputs,
@@ -56,6 +57,7 @@ def test_prompts_of_a_batch_do_not_see_each_other(head: CLIPSegHead) -> None:
 
 def test_padding_is_not_seen(head: CLIPSegHead) -> None:
     check_padding_is_not_seen(head, make_inputs(SHAPES))
+    check_tokens_are_missed_by_who_reads_them(head, make_inputs(SHAPES))
 
 
 def test_gradients_reach_every_parameter(head: CLIPSegHead) -> None:

@@ -31,6 +31,7 @@ from tests.heads.laws import (
     check_gradients_reach_everything,
     check_padding_is_not_seen,
     check_prompts_do_not_see_each_other,
+    check_tokens_are_missed_by_who_reads_them,
     make_inputs,
     overfit,
     sum_of_outputs,
@@ -74,6 +75,7 @@ class TestLaws:
 
     def test_padding_is_not_seen(self, head: Talk2DinoHead) -> None:
         check_padding_is_not_seen(head, make_inputs(SHAPES))
+        check_tokens_are_missed_by_who_reads_them(head, make_inputs(SHAPES))
 
     def test_gradients_reach_every_parameter(self, head: Talk2DinoHead) -> None:
         check_gradients_reach_everything(head, make_inputs(SHAPES), sum_of_outputs)

@@ -17,6 +17,7 @@ from tests.heads.laws import (
     check_gradients_reach_everything,
     check_padding_is_not_seen,
     check_prompts_do_not_see_each_other,
+    check_tokens_are_missed_by_who_reads_them,
     make_inputs,
     overfit,
     select,
@@ -56,6 +57,7 @@ def test_prompts_of_a_batch_do_not_see_each_other(case: tuple[TwoWayHead, HeadIn
 
 def test_padding_is_not_seen(case: tuple[TwoWayHead, HeadInputs, HeadInputs]) -> None:
     check_padding_is_not_seen(case[0], case[1])
+    check_tokens_are_missed_by_who_reads_them(case[0], case[1])
 
 
 def test_gradients_reach_every_parameter(case: tuple[TwoWayHead, HeadInputs, HeadInputs]) -> None:
