@@ -28,6 +28,7 @@ class TransformerFamily:
 
     Args:
         blocks, norm: where the list of blocks and the final layer norm are in the model.
+        before_blocks: what makes the tokens that go into the first block, in that order: embeddings and their norm.
         has_cls: whether a CLS token comes first. Register tokens, if any, come next.
         resample: Pillow's number of the filter that is meant where a checkpoint names none.
         attention: where the attention module is in a block, for families whose CLS row is cached on request.
@@ -41,6 +42,7 @@ class TransformerFamily:
     norm: str
     has_cls: bool
     resample: int
+    before_blocks: tuple[str, ...] = ("embeddings",)
     attention: str | None = None
     rotates: bool = False
     asks_to_interpolate: bool = False
@@ -68,7 +70,13 @@ class PyramidFamily:
 
 
 _CLIP = TransformerFamily(
-    CLIPVisionModel, "encoder.layers", "post_layernorm", has_cls=True, resample=BICUBIC, asks_to_interpolate=True
+    CLIPVisionModel,
+    "encoder.layers",
+    "post_layernorm",
+    has_cls=True,
+    resample=BICUBIC,
+    before_blocks=("embeddings", "pre_layrnorm"),
+    asks_to_interpolate=True,
 )
 _SIGLIP = TransformerFamily(
     SiglipVisionModel, "encoder.layers", "post_layernorm", has_cls=False, resample=BICUBIC, asks_to_interpolate=True

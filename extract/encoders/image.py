@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cache_schema.errors import UsageError
 from cache_schema.views import View
-from extract.encoders.families import PYRAMIDS, TRANSFORMERS
+from extract.encoders.families import PYRAMIDS, TRANSFORMERS, PyramidFamily, TransformerFamily
 from extract.encoders.loading import digest_weights, lay_adapter, load_checkpoint, read_config
 from extract.encoders.precision import computing_in
 from extract.encoders.processors import make_preprocessing, read_processor
@@ -25,6 +26,20 @@ from extract.encoders.vision_transformer import VisionTransformer
 from extract.preprocessing import Preprocessing
 
 ImageTower = VisionTransformer | Pyramid
+ImageFamily = TransformerFamily | PyramidFamily
+
+Adapt = Callable[[PreTrainedModel, ImageFamily], tuple[PreTrainedModel, str | None]]
+"""Lays an adapter on a whole model of a family, or does not; returns the model and the digest of the adapter."""
+
+
+class ImageParts(NamedTuple):
+    """What an image encoder is made of. `identity` is as plain JSON all that decides the features, but for which of
+    them are asked for.
+    """
+
+    tower: ImageTower
+    preprocessing: Preprocessing
+    identity: Mapping[str, Any]
 
 
 class HubImageEncoder:
@@ -107,39 +122,13 @@ def load_image_encoder(spec: ImageEncoderSpec, *, device: str = "cpu", compiled:
         UsageError: the checkpoint or its adapter cannot be had, is of another family, lacks weights, or cannot give
             what is asked for.
     """
-    config = read_config(spec.source)
-    family = config.get("model_type")
-    if family not in TRANSFORMERS and family not in PYRAMIDS:
-        known = ", ".join([*TRANSFORMERS, *PYRAMIDS])
-        raise UsageError(f"{spec.source} has model type {family!r}; image encoders are {known}.")
-    kind = TRANSFORMERS.get(family) or PYRAMIDS[family]
-    processor = read_processor(spec.source)
-    model = load_checkpoint(kind.model_class, spec.source)
-    own = own_size(model.config, processor, spec.source)
-    input_size = pair_of(spec.input_size or own)
-    if family in PYRAMIDS:
-        check_size(input_size, pair_of(stride_of(model)), spec.source)
-    elif input_size != own:  # which may leave something over: in 384 pixels, SigLIP's so400m has 27 patches of 14
-        check_size(input_size, pair_of(model.config.patch_size), spec.source)
-    preprocessing = make_preprocessing(processor, spec.source, input_size, spec.aspect, kind.resample)
-    weights, adapter = digest_weights(model), None
-    if spec.adapter is not None:
-        model, adapter = lay_adapter(model, spec.adapter)
-    tower: ImageTower
-    if family in TRANSFORMERS:
-        tower = VisionTransformer(model, TRANSFORMERS[family], spec.layers, spec.attention, input_size, spec.precision)
-    else:
-        tower = Pyramid(model, PYRAMIDS[family], spec.layers, spec.attention, input_size, spec.precision)
+
+    def adapt(model: PreTrainedModel, family: ImageFamily) -> tuple[PreTrainedModel, str | None]:
+        return (model, None) if spec.adapter is None else lay_adapter(model, spec.adapter)
+
+    tower, preprocessing, identity = load_image_parts(spec, adapt, spec.precision)
     if compiled:
         tower.compile_blocks()
-    identity = {
-        "class": kind.model_class.__name__,
-        "config": config,
-        "weights": weights,
-        "adapter": adapter,
-        "preprocessing": preprocessing.to_dict(),
-        "compute_dtype": spec.precision,
-    }
     return HubImageEncoder(
         tower,
         preprocessing,
@@ -149,3 +138,51 @@ def load_image_encoder(spec: ImageEncoderSpec, *, device: str = "cpu", compiled:
         device=device,
         precision=spec.precision,
     )
+
+
+def load_image_parts(
+    spec: ImageEncoderSpec, adapt: Adapt, weights_for: Precision, start: int | None = None
+) -> ImageParts:
+    """Load what an image encoder is made of.
+
+    Args:
+        adapt: what is to be done to the model before it is cut. `spec.adapter` is left to it.
+        weights_for: the precision for which weights may be rounded beforehand.
+        start: the block to start at, see `VisionTransformer`.
+
+    Raises:
+        UsageError: as `load_image_encoder` does.
+    """
+    config = read_config(spec.source)
+    model_type = config.get("model_type")
+    if model_type not in TRANSFORMERS and model_type not in PYRAMIDS:
+        known = ", ".join([*TRANSFORMERS, *PYRAMIDS])
+        raise UsageError(f"{spec.source} has model type {model_type!r}; image encoders are {known}.")
+    family = TRANSFORMERS.get(model_type) or PYRAMIDS[model_type]
+    processor = read_processor(spec.source)
+    model = load_checkpoint(family.model_class, spec.source)
+    own = own_size(model.config, processor, spec.source)
+    input_size = pair_of(spec.input_size or own)
+    if isinstance(family, PyramidFamily):
+        check_size(input_size, pair_of(stride_of(model)), spec.source)
+    elif input_size != own:  # which may leave something over: in 384 pixels, SigLIP's so400m has 27 patches of 14
+        check_size(input_size, pair_of(model.config.patch_size), spec.source)
+    preprocessing = make_preprocessing(processor, spec.source, input_size, spec.aspect, family.resample)
+    weights = digest_weights(model)
+    model, adapter = adapt(model, family)
+    tower: ImageTower
+    if isinstance(family, TransformerFamily):
+        tower = VisionTransformer(model, family, spec.layers, spec.attention, input_size, weights_for, start)
+    elif start is None:
+        tower = Pyramid(model, family, spec.layers, spec.attention, input_size, weights_for)
+    else:
+        raise UsageError(f"{type(model).__name__} is a convolutional network; only transformers start at a block.")
+    identity = {
+        "class": family.model_class.__name__,
+        "config": config,
+        "weights": weights,
+        "adapter": adapter,
+        "preprocessing": preprocessing.to_dict(),
+        "compute_dtype": spec.precision,
+    }
+    return ImageParts(tower, preprocessing, identity)

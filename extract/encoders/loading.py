@@ -10,7 +10,8 @@ import json
 import pickle
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,10 @@ from cache_schema.fingerprint import canonical_json
 T = TypeVar("T")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_PICKLED_ADAPTER_WEIGHTS = "adapter_model.bin"
 _INCIDENTAL = frozenset({"transformers_version", "dtype", "torch_dtype", "architectures", "id2label", "label2id"})
 _INCIDENTAL_TO_AN_ADAPTER = frozenset(
     {
@@ -121,15 +124,33 @@ def lay_adapter(model: Model, folder: str) -> tuple[Model, str]:
     Raises:
         UsageError: the folder holds no LoRA adapter, or one that was made for another model.
     """
+    adapted, digest = open_adapter(model, folder)
+    with _blaming(model, folder):
+        merged = adapted.merge_and_unload(safe_merge=True)
+    return merged.eval().requires_grad_(False), digest
+
+
+def open_adapter(model: PreTrainedModel, folder: str, *, learns: bool = False) -> tuple[PeftModel, str]:
+    """Lay a LoRA adapter on the model it was made for, beside its weights.
+
+    Args:
+        model: is changed: the adapter is in it.
+        learns: whether the adapter's weights, and no others, require gradients.
+
+    Returns:
+        The model with the adapter, and the adapter's digest, as of `lay_adapter`.
+
+    Raises:
+        UsageError: the folder holds no LoRA adapter, or one that was made for another model.
+    """
     settings = _read_adapter_settings(folder)
-    try:
+    with _blaming(model, folder):
         weights = load_peft_weights(folder, device="cpu")
-        with warnings.catch_warnings():
+        with quiet_peft():
             # Of settings that this version of PEFT does not know it only warns; they would have had a meaning.
             warnings.filterwarnings("error", "Unexpected keyword arguments")
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks transformers for what v6 will not have
             config = LoraConfig.from_pretrained(folder)
-            config.inference_mode = True
+            config.inference_mode = not learns
             adapted = PeftModel(model, config)
         report = set_peft_model_state_dict(adapted, weights)
         missing = [key for key in report.missing_keys if "default" in key.split(".")]
@@ -138,23 +159,36 @@ def lay_adapter(model: Model, folder: str) -> tuple[Model, str]:
                 f"{len(report.unexpected_keys)} of its weights have no place and {len(missing)} places no weight, "
                 f"first {sorted([*missing, *report.unexpected_keys])[0]}"
             )
-        merged = adapted.merge_and_unload(safe_merge=True)
+    digest = _digest(weights)
+    digest.update(canonical_json(settings))
+    return adapted, digest.hexdigest()
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Where PEFT makes a model: it still asks transformers for what v6 will not have."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@contextmanager
+def _blaming(model: PreTrainedModel, folder: str) -> Iterator[None]:
+    try:
+        yield
     except (*_REFUSALS, UserWarning) as error:
         raise UsageError(
             f"the adapter {folder} cannot be laid on {type(model).__name__} ({_first_line(error)}); "
             "name an adapter that was made for this model."
         ) from error
-    digest = _digest(weights)
-    digest.update(canonical_json(settings))
-    return merged.eval().requires_grad_(False), digest.hexdigest()
 
 
 def _read_adapter_settings(folder: str) -> dict[str, Any]:
     """What of an adapter's config decides what it does. PEFT writes sets as lists, in another order each time."""
-    files = [Path(folder, name) for name in (_ADAPTER_CONFIG, *_ADAPTER_WEIGHTS)]
+    files = [Path(folder, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, _PICKLED_ADAPTER_WEIGHTS)]
     if not files[0].is_file() or not any(file.is_file() for file in files[1:]):
         raise UsageError(
-            f"{folder} is no adapter folder: it lacks {_ADAPTER_CONFIG} or {_ADAPTER_WEIGHTS[0]}; "
+            f"{folder} is no adapter folder: it lacks {ADAPTER_CONFIG} or {ADAPTER_WEIGHTS}; "
             "name a folder that PEFT's save_pretrained wrote."
         )
     try:

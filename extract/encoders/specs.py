@@ -21,6 +21,9 @@ FINAL_LAYER = "last"
 NORMED = "+norm"
 """Behind a block's number: that block's output after the model's final norm."""
 
+TOKENS = "+tokens"
+"""Behind a block's number: all tokens of that block's output, from which the blocks behind it can go on."""
+
 
 @dataclass(frozen=True)
 class ImageEncoderSpec:
@@ -29,7 +32,7 @@ class ImageEncoderSpec:
     Args:
         source: hub id, or a folder that `save_pretrained` wrote.
         layers: `"last"`, block numbers (`"9"` is `hidden_states[9]`, not normed; `"0"` the embeddings), and block
-            numbers with `"+norm"`. Of a pyramid: stage numbers.
+            numbers with `"+norm"` or `"+tokens"`. Of a pyramid: stage numbers.
         attention: which attention outputs of the last block to give, in the DINO family.
         input_size: (H, W) in pixels; None for the size the checkpoint was trained at.
         aspect: how an image of another shape than the input's gets into it, see `cache_schema.views.fit_view`.

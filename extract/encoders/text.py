@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from tokenizers import normalizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     BertModel,
@@ -36,6 +35,7 @@ class TextFamily:
     """What the text towers of a family have in common.
 
     Args:
+        blocks: where the list of blocks is in the model.
         pooled: which output of the model is the pooled feature.
         pooled_width: which setting of the model is its width.
         padded_to_limit: trained on lower-cased prompts that were padded to the limit, without an attention mask, so
@@ -43,14 +43,17 @@ class TextFamily:
     """
 
     model_class: type[PreTrainedModel]
+    blocks: str
     pooled: str = "pooler_output"
     pooled_width: str = "hidden_size"
     padded_to_limit: bool = False
 
 
-_CLIP = TextFamily(CLIPTextModelWithProjection, pooled="text_embeds", pooled_width="projection_dim")
-_SIGLIP = TextFamily(SiglipTextModel, pooled_width="projection_size", padded_to_limit=True)
-_SIGLIP2 = TextFamily(Siglip2TextModel, pooled_width="projection_size", padded_to_limit=True)
+_CLIP = TextFamily(
+    CLIPTextModelWithProjection, "text_model.encoder.layers", pooled="text_embeds", pooled_width="projection_dim"
+)
+_SIGLIP = TextFamily(SiglipTextModel, "encoder.layers", pooled_width="projection_size", padded_to_limit=True)
+_SIGLIP2 = TextFamily(Siglip2TextModel, "encoder.layers", pooled_width="projection_size", padded_to_limit=True)
 
 TEXT_FAMILIES = {
     "clip": _CLIP,
@@ -59,7 +62,7 @@ TEXT_FAMILIES = {
     "siglip_text_model": _SIGLIP,
     "siglip2": _SIGLIP2,
     "siglip2_text_model": _SIGLIP2,
-    "bert": TextFamily(BertModel),
+    "bert": TextFamily(BertModel, "encoder.layer"),
 }
 """By the `model_type` of a checkpoint's config.json; a whole image-and-text model gives its text tower.
 
@@ -67,52 +70,30 @@ The tokenizer is the checkpoint's own: SigLIP 2 of fixed resolution is of type `
 """
 
 
-class HubTextEncoder:
+TextAdapt = Callable[[PreTrainedModel, TextFamily], tuple[PreTrainedModel, str | None]]
+"""Lays an adapter on a model of a family, or does not; returns the model and the digest of the adapter."""
+
+
+class TextTower(nn.Module):
     """Token features (final norm applied) and a pooled feature: CLIP's projected end-of-text token, the last position
     of SigLIP's padded prompt through its head, or BERT's pooler output.
 
     Args:
         tokenizer: lower-cases where the family asks for it, see `load_text_encoder`.
-        config: the checkpoint's config.json, part of its identity.
-        digests: of the weights without the spec's adapter, which is merged into them by now, and of the adapter.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        family: TextFamily,
-        config: Mapping[str, Any],
-        spec: TextEncoderSpec,
-        *,
-        digests: tuple[str, str] | None = None,
-        device: str = "cpu",
-    ) -> None:
-        self.name = spec.source
-        self.adapter = spec.adapter
-        self._model = model.to(device)
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: TextFamily) -> None:
+        super().__init__()
+        self._model = model
         self._tokenizer = tokenizer
         self._family = family
-        self._config = config
-        self._precision = spec.precision
-        self._digests = digests
-        self._device = device
 
-    @cached_property
-    def identity(self) -> Mapping[str, Any]:
-        weights, adapter = self._digests or (digest_weights(self._model), None)
-        tokenizer: dict[str, Any] = {"sha256": _digest_tokenizer(self._tokenizer), "max_length": self.max_length}
-        if self._family.padded_to_limit:
-            padding = {"token": self._tokenizer.pad_token_id, "side": self._tokenizer.padding_side}
-            tokenizer |= {"lower_case": True, "padding": padding}
-        return {
-            "class": type(self._model).__name__,
-            "config": self._config,
-            "weights": weights,
-            "adapter": adapter,
-            "tokenizer": tokenizer,
-            "compute_dtype": self._precision,
-        }
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The model's blocks."""
+        blocks = self._model.get_submodule(self._family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
 
     @property
     def token_width(self) -> int:
@@ -127,24 +108,31 @@ class HubTextEncoder:
         """The most tokens a prompt may have: the model's limit, or its tokenizer's where that is lower."""
         return int(min(self._model.config.max_position_embeddings, self._tokenizer.model_max_length))
 
+    def describe_tokenizer(self) -> dict[str, Any]:
+        """What of the tokenizer belongs to an encoder's identity."""
+        tokenizer: dict[str, Any] = {"sha256": _digest_tokenizer(self._tokenizer), "max_length": self.max_length}
+        if self._family.padded_to_limit:
+            padding = {"token": self._tokenizer.pad_token_id, "side": self._tokenizer.padding_side}
+            tokenizer |= {"lower_case": True, "padding": padding}
+        return tokenizer
+
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, never padded. A long one is cut among its words: special tokens at its end stay."""
         tokenized = self._tokenizer(list(prompts), truncation=True, max_length=self.max_length)
         token_ids: list[list[int]] = tokenized["input_ids"]
         return token_ids
 
-    @torch.inference_mode()
-    def encode(self, token_ids: Sequence[Sequence[int]]) -> TextEncoding:
-        """Features of b tokenized prompts, on the encoder's device; the tokens of each prompt stand in front."""
-        lengths = torch.tensor([len(ids) for ids in token_ids], device=self._device)
-        mask = torch.arange(max(map(len, token_ids)), device=self._device) < lengths[:, None]
+    def forward(self, token_ids: Sequence[Sequence[int]]) -> TextEncoding:
+        """Features of b tokenized prompts, where the model is; the tokens of each prompt stand in front."""
+        device = self._model.device
+        lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
+        mask = torch.arange(max(map(len, token_ids)), device=device) < lengths[:, None]
         length = self.max_length if self._family.padded_to_limit else mask.shape[1]
-        padded = torch.tensor([self._pad(ids, length) for ids in token_ids], device=self._device)
-        with computing_in(self._precision, self._device):
-            if self._family.padded_to_limit:
-                output = self._model(input_ids=padded)
-            else:
-                output = self._model(input_ids=padded, attention_mask=mask.long())
+        padded = torch.tensor([self._pad(ids, length) for ids in token_ids], device=device)
+        if self._family.padded_to_limit:
+            output = self._model(input_ids=padded)
+        else:
+            output = self._model(input_ids=padded, attention_mask=mask.long())
         tokens = self._without_padding(output.last_hidden_state, lengths, mask.shape[1])
         return TextEncoding(tokens, mask, getattr(output, self._family.pooled))
 
@@ -163,12 +151,59 @@ class HubTextEncoder:
         if not self._pads_left:
             return states[:, :longest]
         last = states.shape[1] - 1
-        places = torch.arange(longest, device=self._device) + states.shape[1] - lengths[:, None]
-        return states[torch.arange(len(states), device=self._device)[:, None], places.clamp(max=last)]
+        places = torch.arange(longest, device=states.device) + states.shape[1] - lengths[:, None]
+        return states[torch.arange(len(states), device=states.device)[:, None], places.clamp(max=last)]
 
     @property
     def _pads_left(self) -> bool:
         return self._family.padded_to_limit and self._tokenizer.padding_side == "left"
+
+
+class HubTextEncoder:
+    """A tower with what makes it known.
+
+    Args:
+        tower: on the CPU.
+        identity: all that decides the features.
+    """
+
+    def __init__(
+        self, tower: TextTower, identity: Mapping[str, Any], spec: TextEncoderSpec, *, device: str = "cpu"
+    ) -> None:
+        self.name = spec.source
+        self.adapter = spec.adapter
+        self._tower = tower.to(device).eval()
+        self._identity = identity
+        self._precision = spec.precision
+        self._device = device
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return self._identity
+
+    @property
+    def token_width(self) -> int:
+        return self._tower.token_width
+
+    @property
+    def pooled_width(self) -> int:
+        return self._tower.pooled_width
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens a prompt may have."""
+        return self._tower.max_length
+
+    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, never padded. A long one is cut among its words: special tokens at its end stay."""
+        return self._tower.tokenize(prompts)
+
+    @torch.inference_mode()
+    def encode(self, token_ids: Sequence[Sequence[int]]) -> TextEncoding:
+        """Features of b tokenized prompts, on the encoder's device; the tokens of each prompt stand in front."""
+        with computing_in(self._precision, self._device):
+            encoding: TextEncoding = self._tower(token_ids)
+        return encoding
 
 
 def load_text_encoder(spec: TextEncoderSpec, *, device: str = "cpu") -> HubTextEncoder:
@@ -178,25 +213,62 @@ def load_text_encoder(spec: TextEncoderSpec, *, device: str = "cpu") -> HubTextE
         UsageError: the checkpoint, its tokenizer or the adapter cannot be had, is of another family or another model,
             or lacks weights.
     """
+
+    def adapt(model: PreTrainedModel, family: TextFamily) -> tuple[PreTrainedModel, str | None]:
+        return (model, None) if spec.adapter is None else lay_adapter(model, spec.adapter)
+
+    tower, identity = load_text_parts(spec, adapt)
+    return HubTextEncoder(tower, identity, spec, device=device)
+
+
+def load_text_parts(spec: TextEncoderSpec, adapt: TextAdapt) -> tuple[TextTower, dict[str, Any]]:
+    """Load a tower, and as plain JSON all that decides its features.
+
+    Args:
+        adapt: what is to be done to the model. `spec.adapter` is left to it.
+
+    Raises:
+        UsageError: as `load_text_encoder` does.
+    """
     config = read_config(spec.source)
-    model_type = config.get("model_type")
-    if model_type not in TEXT_FAMILIES:
-        raise UsageError(f"{spec.source} has model type {model_type!r}; text encoders are {', '.join(TEXT_FAMILIES)}.")
-    family = TEXT_FAMILIES[model_type]
+    family = _family_of(config, spec.source)
     tokenizer = _load_tokenizer(spec.source, family)
-    model = load_checkpoint(family.model_class, spec.source, **_left_to_the_whole(config))
+    model = load_text_model(spec.source)
     highest, num_embeddings = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if highest >= num_embeddings:
         raise UsageError(
             f"the tokenizer of {spec.source} has token ids up to {highest}, and the model has {num_embeddings} token "
             "embeddings; the two belong to different models."
         )
-    digests = None
-    if spec.adapter is not None:
-        weights = digest_weights(model)
-        model, adapter = lay_adapter(model, spec.adapter)
-        digests = weights, adapter
-    return HubTextEncoder(model, tokenizer, family, config, spec, digests=digests, device=device)
+    weights = digest_weights(model)
+    model, adapter = adapt(model, family)
+    tower = TextTower(model, tokenizer, family)
+    identity = {
+        "class": family.model_class.__name__,
+        "config": config,
+        "weights": weights,
+        "adapter": adapter,
+        "tokenizer": tower.describe_tokenizer(),
+        "compute_dtype": spec.precision,
+    }
+    return tower, identity
+
+
+def load_text_model(source: str) -> PreTrainedModel:
+    """The text model of a checkpoint, in float32, frozen and in evaluation mode.
+
+    Raises:
+        UsageError: the checkpoint cannot be had, is of another family, or lacks weights.
+    """
+    config = read_config(source)
+    return load_checkpoint(_family_of(config, source).model_class, source, **_left_to_the_whole(config))
+
+
+def _family_of(config: Mapping[str, Any], source: str) -> TextFamily:
+    model_type = config.get("model_type")
+    if model_type not in TEXT_FAMILIES:
+        raise UsageError(f"{source} has model type {model_type!r}; text encoders are {', '.join(TEXT_FAMILIES)}.")
+    return TEXT_FAMILIES[model_type]
 
 
 def _left_to_the_whole(config: Mapping[str, Any]) -> dict[str, Any]:

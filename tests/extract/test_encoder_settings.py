@@ -185,9 +185,12 @@ def test_a_processor_that_wants_what_is_not_done_is_refused(
 # Refusals
 
 
-@pytest.mark.parametrize("layer", ["lats", "4", "-1", "", "01", "4+norm", "last+norm", "1+nrom", "1 "])
+@pytest.mark.parametrize(
+    "layer", ["lats", "4", "-1", "", "01", "4+norm", "last+norm", "1+nrom", "4+tokens", "1+tokens+norm", "1 "]
+)
 def test_a_layer_that_is_not_there_is_met_with_those_that_are(checkpoints: dict[str, Path], layer: str) -> None:
-    with pytest.raises(UsageError, match=r"Dinov2Model has no layer '.*': it has last, 0 to 3, and 0\+norm to 3\+norm"):
+    known = r"it has last, 0 to 3, 0\+norm to 3\+norm, and 0\+tokens to 3\+tokens"
+    with pytest.raises(UsageError, match=rf"Dinov2Model has no layer '.*': {known}"):
         load(checkpoints["dinov2"], layers=("last", layer))
 
 
