@@ -41,6 +41,9 @@ from cache_schema.samples import SamplesStore, open_samples, read_strings
 from cache_schema.store import Store, open_store
 from cache_schema.views import View, is_windows
 
+TOKENS = "+tokens"
+"""Behind a block's number: all tokens of that block's output, from which the blocks behind it can go on."""
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -52,6 +55,11 @@ class ImageFeatures:
     def layers(self) -> tuple[str, ...]:
         """Layers with token grids, in the order in which they were asked for; there may be none."""
         return tuple(self.store.header.identity["outputs"]["layers"])
+
+    @property
+    def grid_layers(self) -> tuple[str, ...]:
+        """The layers of which a mask can be made: all but those that keep every token in one row."""
+        return tuple(layer for layer in self.layers if not layer.endswith(TOKENS))
 
     @property
     def cls_layers(self) -> tuple[str, ...]:

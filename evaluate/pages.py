@@ -5,14 +5,68 @@ Names are data: templates escape them. Knows nothing about what a page shows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from cache_schema.errors import UsageError
+from evaluate.pictures import Colour, data_uri, encode_jpeg
 
 NO_NUMBER = "\N{EN DASH}"
 """What stands where a number does not apply."""
+
+_PANEL_SIDES_PX = (320, 256, 200, 160, 128, 96)
+_MAX_PICTURE_BYTES = 3_000_000
+
+Shown = TypeVar("Shown")
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A picture that a page holds in itself: its bytes, what it shows, what stands below it, and its (H, W)."""
+
+    uri: str
+    alt: str
+    caption: str
+    size: tuple[int, int]
+
+    @classmethod
+    def of_image(cls, picture: UInt8[np.ndarray, "h w 3"], original_size: tuple[int, ...]) -> Panel:
+        """An image without anything drawn on it."""
+        height, width = original_size
+        return cls._of(picture, f"The image, {width} by {height} pixels", "Image")
+
+    @classmethod
+    def of_mask(
+        cls, picture: UInt8[np.ndarray, "h w 3"], name: str, mask: Bool[np.ndarray, "height width"], caption: str = ""
+    ) -> Panel:
+        """An image with a mask drawn on it; a caption says more than the mask's name."""
+        what = f"{mask.mean():.1%} of the image is marked" if mask.any() else "nothing is marked"
+        return cls._of(picture, f"{name}: {what}", caption or (name if mask.any() else f"{name}: nothing"))
+
+    @classmethod
+    def _of(cls, picture: UInt8[np.ndarray, "h w 3"], alt: str, caption: str) -> Panel:
+        return cls(data_uri(encode_jpeg(picture), "jpeg"), alt, caption, picture.shape[:2])
+
+
+def fit_panels(show: Callable[[int], Shown], panels_of: Callable[[Shown], Iterable[Panel]]) -> Shown:
+    """What `show` makes of the longer side of a picture in pixels: the largest that keeps a page light.
+
+    Raises:
+        UsageError: there are too many pictures.
+    """
+    for side_px in _PANEL_SIDES_PX:
+        shown = show(side_px)
+        panels = list(panels_of(shown))
+        if sum(len(panel.uri) for panel in panels) <= _MAX_PICTURE_BYTES:
+            return shown
+    raise UsageError(f"{len(panels)} pictures do not fit a page of a few megabytes: show fewer examples.")
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
@@ -64,3 +118,33 @@ def short(value: float | int) -> str:
         if value >= unit:
             return f"{value / unit:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: float | int | None, digits: int = 3) -> str:
+    """A score with so many decimals.
+
+    >>> number(0.5), number(1 / 3, 2)
+    ('0.500', '0.33')
+    """
+    return NO_NUMBER if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def in_seconds(value: float | int | None) -> str:
+    """Seconds as one reads them.
+
+    >>> in_seconds(0.234), in_seconds(75.26), in_seconds(1204.2)
+    ('0.23', '75.3', '1,204')
+    """
+    if value is None:
+        return NO_NUMBER
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def css_colour(colour: Colour) -> str:
+    """Red, green and blue as style sheets write them."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)

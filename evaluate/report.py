@@ -5,7 +5,6 @@ Prompts, names and paths are data: the template escapes them. Knows nothing abou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,8 +16,21 @@ from jaxtyping import Bool, UInt8
 from cache_schema import atomic
 from cache_schema.errors import UsageError
 from evaluate.metrics import Metrics, Protocol, SampleScores, slice_metrics, sort_values, standard_tags
-from evaluate.pages import NO_NUMBER, capital, flatten, render_page, short, words
-from evaluate.pictures import PREDICTED_COLOUR, TRUTH_COLOUR, data_uri, encode_jpeg, triptych
+from evaluate.pages import (
+    NO_NUMBER,
+    Panel,
+    capital,
+    css_colour,
+    fit_panels,
+    flatten,
+    in_seconds,
+    is_number,
+    number,
+    render_page,
+    short,
+    words,
+)
+from evaluate.pictures import PREDICTED_COLOUR, TRUTH_COLOUR, triptych
 from evaluate.plots import colour_of
 from evaluate.report_plots import Line, draw_curves, draw_histogram, iou_shares
 
@@ -43,8 +55,6 @@ SLICE_TITLES = {
 
 _GROUPS: tuple[Group, ...] = ("best", "median", "worst")
 _MAX_SLICE_ROWS = 24
-_PANEL_SIDES_PX = (320, 256, 200, 160, 128, 96)
-_MAX_PICTURE_BYTES = 3_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +119,8 @@ def write_report(
             "curves": _curves(runs),
             "histograms": _histograms(runs),
             "examples": _examples(runs),
-            "truth_colour": _css_colour(TRUTH_COLOUR),
-            "predicted_colour": _css_colour(PREDICTED_COLOUR),
+            "truth_colour": css_colour(TRUTH_COLOUR),
+            "predicted_colour": css_colour(PREDICTED_COLOUR),
             "stages": _stages(results["seconds"]),
             "run_dirs": [(result["head"], result["run_dir"]) for result in results["runs"]],
             "provenance": list(flatten(results.get("provenance", {}))),
@@ -122,32 +132,32 @@ def write_report(
 
 def _findings(results: Mapping[str, Any]) -> str:
     best = max(results["runs"], key=lambda result: result["metrics"]["mean_iou"])
-    sentence = f"{best['head']} reaches a mean IoU of {_number(best['metrics']['mean_iou'])}"
+    sentence = f"{best['head']} reaches a mean IoU of {number(best['metrics']['mean_iou'])}"
     if len(results["runs"]) > 1:
         sentence += ", the best of the heads"
     if not results["baselines"]:
         return sentence + "."
     name, metrics = max(results["baselines"].items(), key=lambda item: item[1]["mean_iou"])
     if best["metrics"]["mean_iou"] <= metrics["mean_iou"]:
-        return f"{sentence}. That is no better than the baseline “{words(name)}” at {_number(metrics['mean_iou'])}."
-    return f"{sentence}; the best baseline, “{words(name)}”, reaches {_number(metrics['mean_iou'])}."
+        return f"{sentence}. That is no better than the baseline “{words(name)}” at {number(metrics['mean_iou'])}."
+    return f"{sentence}; the best baseline, “{words(name)}”, reaches {number(metrics['mean_iou'])}."
 
 
 def _headline(results: Mapping[str, Any], runs: Sequence[RunReport]) -> dict[str, Any]:
     """Columns and rows of the table; a cell is (text, is it the best of the heads)."""
     best = {}
     for name in HEADLINE_METRICS:
-        texts = {_number(result["metrics"].get(name)) for result in results["runs"]} - {NO_NUMBER}
+        texts = {number(result["metrics"].get(name)) for result in results["runs"]} - {NO_NUMBER}
         best[name] = max(texts) if len(texts) > 1 else None
 
     def cells(metrics: Metrics, is_head: bool) -> list[tuple[str, bool]]:
-        texts = {name: _number(metrics.get(name)) for name in HEADLINE_METRICS}
+        texts = {name: number(metrics.get(name)) for name in HEADLINE_METRICS}
         return [(text, is_head and text == best[name]) for name, text in texts.items()]
 
     return {
         "columns": list(HEADLINE_METRICS.values()),
         "heads": [
-            (run.head, cells(result["metrics"], True), short(run.num_parameters), _seconds(_training_s(run)))
+            (run.head, cells(result["metrics"], True), short(run.num_parameters), in_seconds(_training_s(run)))
             for run, result in zip(runs, results["runs"], strict=True)
         ],
         "baselines": [(name, cells(metrics, False)) for name, metrics in results["baselines"].items()],
@@ -185,7 +195,7 @@ def _slices(runs: Sequence[RunReport]) -> list[dict[str, Any]]:
         rows = []
         for value in sort_values(largest):
             means = [column[value]["mean_iou"] if value in column else None for column in columns]
-            rows.append((value, num_samples[value], [(_number(mean), mean or 0.0) for mean in means]))
+            rows.append((value, num_samples[value], [(number(mean), mean or 0.0) for mean in means]))
         title = SLICE_TITLES.get(tag, f"Mean IoU by {words(tag)}")
         tables.append(
             {
@@ -205,14 +215,9 @@ def _curves(runs: Sequence[RunReport]) -> list[tuple[str, str]]:
         ("loss", "train_loss", "Training loss", False),
         ("validation", "val_mean_iou", "Validation mean IoU", True),
     ):
-        lines = []
-        for run in runs:
-            points = [(line["step"], line[key]) for line in run.history if _is_number(line.get(key))]
-            lines.append(Line(run.head, [step for step, _ in points], [value for _, value in points]))
+        lines = [Line.of_history(run.head, run.history, key) for run in runs]
         if any(line.values for line in lines):
-            ends = ", ".join(f"{line.label} ends at {line.values[-1]:.3g}" for line in lines if line.values)
-            description = f"{title} over training steps: {ends}."
-            plots.append((title, draw_curves(name, lines, description, from_zero=from_zero)))
+            plots.append((title, draw_curves(name, lines, title, from_zero=from_zero)))
     return plots
 
 
@@ -227,19 +232,11 @@ def _histograms(runs: Sequence[RunReport]) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Panel:
-    uri: str
-    alt: str
-    caption: str
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
 class _ShownExample:
     prompt: str
     iou: str
     tags: list[tuple[str, str]]
-    panels: list[_Panel]
+    panels: list[Panel]
 
 
 _ShownGroups = list[tuple[Group, list[_ShownExample]]]
@@ -247,12 +244,12 @@ _ShownGroups = list[tuple[Group, list[_ShownExample]]]
 
 def _examples(runs: Sequence[RunReport]) -> list[tuple[str, _ShownGroups]]:
     """For each head its groups of examples, pictures as small as it takes to keep the page light."""
-    for side_px in _PANEL_SIDES_PX:
-        shown = [(run.head, _show_groups(run.examples, side_px)) for run in runs]
-        examples = [example for _, groups in shown for _, group in groups for example in group]
-        if sum(len(panel.uri) for example in examples for panel in example.panels) <= _MAX_PICTURE_BYTES:
-            return shown
-    raise UsageError(f"{len(examples)} examples do not fit a page of a few megabytes: give fewer for each head")
+    return fit_panels(
+        lambda side_px: [(run.head, _show_groups(run.examples, side_px)) for run in runs],
+        lambda shown: [
+            panel for _, groups in shown for _, group in groups for example in group for panel in example.panels
+        ],
+    )
 
 
 def _show_groups(examples: Sequence[Example], side_px: int) -> _ShownGroups:
@@ -260,60 +257,25 @@ def _show_groups(examples: Sequence[Example], side_px: int) -> _ShownGroups:
 
 
 def _show(example: Example, side_px: int) -> _ShownExample:
-    height, width = example.truth.shape
     pictures = triptych(example.image, example.truth, example.predicted, side_px)
-    texts = (
-        ("Image", f"The image, {width} by {height} pixels"),
-        ("Truth" if example.truth.any() else "Truth: nothing", f"Truth: {_share_of_image(example.truth)}"),
-        (
-            "Prediction" if example.predicted.any() else "Prediction: nothing",
-            f"Prediction: {_share_of_image(example.predicted)}",
-        ),
-    )
     return _ShownExample(
         prompt=example.prompt,
-        iou=_number(example.iou, 2),
+        iou=number(example.iou, 2),
         tags=[(tag, value) for tag, value in example.tags.items() if value is not None],
         panels=[
-            _Panel(data_uri(encode_jpeg(picture), "jpeg"), alt, caption, picture.shape[:2])
-            for picture, (caption, alt) in zip(pictures, texts, strict=True)
+            Panel.of_image(pictures.image, example.truth.shape),
+            Panel.of_mask(pictures.truth, "Truth", example.truth),
+            Panel.of_mask(pictures.predicted, "Prediction", example.predicted),
         ],
     )
 
 
-def _share_of_image(mask: Bool[np.ndarray, "h w"]) -> str:
-    return f"{mask.mean():.1%} of the image is marked" if mask.any() else "nothing is marked"
-
-
 def _stages(seconds: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """(stage, seconds as text, share of the longest)."""
-    stages = [(name, value) for name, value in flatten(seconds) if _is_number(value)]
+    stages = [(name, value) for name, value in flatten(seconds) if is_number(value)]
     longest = max((value for _, value in stages), default=0.0) or 1.0
-    return [(name, _seconds(value), value / longest) for name, value in stages]
+    return [(name, in_seconds(value), value / longest) for name, value in stages]
 
 
 def _training_s(run: RunReport) -> float | int | None:
     return run.history[-1].get("elapsed_s") if run.history else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(value: float | int | None, digits: int = 3) -> str:
-    return NO_NUMBER if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _seconds(value: float | int | None) -> str:
-    """Seconds as one reads them.
-
-    >>> _seconds(0.234), _seconds(75.26), _seconds(1204.2)
-    ('0.23', '75.3', '1,204')
-    """
-    if value is None:
-        return NO_NUMBER
-    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _css_colour(colour: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)

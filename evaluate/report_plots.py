@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from evaluate.pages import is_number
 from evaluate.plots import INK, MARKERS, STYLE, colour_of, inline_svg
 
 _LABEL_GAP = 0.085
@@ -21,23 +23,37 @@ _NUM_BINS = 20
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One head's curve: a value at each step, in the order of the steps."""
+    """One curve: a value at each step, in the order of the steps. `colour` is the place of its colour among all."""
 
     label: str
     steps: Sequence[float | int]
     values: Sequence[float | int]
+    colour: int | None = None
+
+    @classmethod
+    def of_history(cls, label: str, history: Sequence[Mapping[str, Any]], key: str, colour: int | None = None) -> Line:
+        """What the lines of metrics.jsonl say of `key`, where they say a number."""
+        points = [(line["step"], line[key]) for line in history if is_number(line.get(key))]
+        return cls(label, [step for step, _ in points], [value for _, value in points], colour)
 
 
-def draw_curves(name: str, lines: Sequence[Line], description: str, *, from_zero: bool) -> str:
-    """Curves over training steps, each labelled at its end. `name` makes the SVG's ids unique on a page."""
+def draw_curves(name: str, lines: Sequence[Line], title: str, *, from_zero: bool) -> str:
+    """Curves over training steps, each labelled at its end. `name` makes the SVG's ids unique on a page.
+
+    Args:
+        title: what the curves are of, for whoever cannot see them.
+    """
+    ends = ", ".join(f"{line.label} ends at {line.values[-1]:.3g}" for line in lines if line.values)
+    places = [index if line.colour is None else line.colour for index, line in enumerate(lines)]
+    colours = [colour_of(place) for place in places]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.0, 3.1))
         axes = figure.add_axes((0.11, 0.15, 0.87 - _label_width([line.label for line in lines]), 0.81))
         axes.set_xlabel("training step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         for index, line in enumerate(lines):
-            marker = MARKERS[index % len(MARKERS)] if len(line.steps) <= _MAX_MARKED_POINTS else None
-            axes.plot(line.steps, line.values, color=colour_of(index), marker=marker, markersize=4, linewidth=1.7)
+            marker = MARKERS[places[index] % len(MARKERS)] if len(line.steps) <= _MAX_MARKED_POINTS else None
+            axes.plot(line.steps, line.values, color=colours[index], marker=marker, markersize=4, linewidth=1.7)
         axes.margins(x=0.02)
         if from_zero:
             axes.set_ylim(bottom=0)
@@ -51,10 +67,10 @@ def draw_curves(name: str, lines: Sequence[Line], description: str, *, from_zero
                 xytext=(1.04, height),
                 textcoords="axes fraction",
                 va="center",
-                color=colour_of(index),
+                color=colours[index],
                 arrowprops={
                     "arrowstyle": "-",
-                    "color": colour_of(index),
+                    "color": colours[index],
                     "linewidth": 0.6,
                     "shrinkA": 1,
                     "shrinkB": 3,
@@ -62,7 +78,7 @@ def draw_curves(name: str, lines: Sequence[Line], description: str, *, from_zero
                 },
                 annotation_clip=False,
             )
-        return inline_svg(figure, name, description)
+        return inline_svg(figure, name, f"{title} over training steps: {ends}.")
 
 
 def draw_histogram(name: str, iou: Float[np.ndarray, " S"], index: int, most: float, description: str) -> str:

@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_schema.errors import StoreMismatchError, UsageError
-from cache_schema.features import FeatureCache, ImageFeatures
+from cache_schema.features import TOKENS, FeatureCache, ImageFeatures
 from cache_schema.fingerprint import canonical_json
 from cache_schema.quantize import dequantize
 from cache_schema.reader import num_cores
 from cache_schema.store import Store
 from extract.encoders.live import LiveImageEncoder
-from extract.encoders.specs import TOKENS
 from extract.images import UndecodableImageError, UnreadableFileError, decode_image, read_bytes
 
 

@@ -46,9 +46,9 @@ def feature_shapes(cache: FeatureCache) -> FeatureShapes:
     Raises:
         UsageError: the cache holds no layer.
     """
-    _require_layers(cache, cache.images.layers)
+    _require_layers(cache, cache.images.grid_layers)
     grids = {}
-    for layer in cache.images.layers:
+    for layer in cache.images.grid_layers:
         _, height, width, channels = cache.images.features(layer).shape
         grids[layer] = (height, width, channels)
     images = cache.images
@@ -140,7 +140,7 @@ class CachedSplit:
         grids: Sequence[str] | None = None,
         tokens: bool = True,
     ) -> None:
-        layers = tuple(cache.images.layers if layers is None else layers)
+        layers = tuple(cache.images.grid_layers if layers is None else layers)
         grids = layers if grids is None else tuple(grids)
         _require_layers(cache, layers)
         samples = cache.samples.samples
@@ -352,7 +352,7 @@ def _choose_residency(needed_bytes: int, device: torch.device) -> Residency:
 
 
 def _require_layers(cache: FeatureCache, layers: Sequence[str]) -> None:
-    held, name = cache.images.layers, cache.images.store.path.name
+    held, name = cache.images.grid_layers, cache.images.store.path.name
     missing = [layer for layer in layers if layer not in held]
     if missing:
         raise UsageError(

@@ -184,6 +184,7 @@ def finetune(
 
     Args:
         head: a trained head, such as a run's best/, that the segmentation stage goes on from.
+        recorded: what else the config.json of each stage should say.
         say: is told what people should see: the modules with an adapter, the parity, each stage's outcome.
 
     Raises:
@@ -192,7 +193,7 @@ def finetune(
     """
     identity = finetune_identity(config, cache, head)
     refuse_other_run(run_dir, identity)
-    atomic.write_json(run_dir / "config.json", {**identity, **(recorded or {})})
+    atomic.write_json(run_dir / "config.json", identity)
     parity = check_parity(encoders.frozen(), next(iter(config.stages.values())).train_split, num=config.parity_samples)
     say("live features are those of the cache:\n" + "\n".join(f"  {one.summary()}" for one in parity))
     adapters: Path | None = None

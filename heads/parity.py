@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cache_schema.errors import StoreMismatchError, UsageError
 from cache_schema.features import FeatureCache
+from cache_schema.fingerprint import canonical_json
 from heads.data import Batch, CachedSplit, Draw
 from heads.live import LiveEncoders
 
@@ -128,7 +130,9 @@ def _complaint(encoders: LiveEncoders, found: list[Parity]) -> str:
     cached = identities(encoders.cache)
     live: Mapping[str, Any] = encoders.sides
     fields = [
-        field for side, encoder in live.items() for field in differing_fields(cached[side], encoder.identity, side)
+        field
+        for side, encoder in live.items()
+        for field in differing_fields(cached[side], json.loads(canonical_json(encoder.identity)), side)
     ]
     why = (
         f"They differ in {'; '.join(fields)}."

@@ -29,6 +29,9 @@ ALIGNMENTS = ("cls", "mean_token", "head_tokens", "mean_patch")
 """What of an image a prompt is compared with in training: its CLS token, its patches pooled by the attention of the CLS
 token (mean over heads, or one candidate for each head), or their plain mean."""
 
+TEXTS = ("pooled", "mean")
+"""What of a prompt is projected: its pooled feature, or the mean of its tokens."""
+
 _DAMAGE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 """What torch.load raises for bytes that it did not write, beside pickle.UnpicklingError."""
 
@@ -80,8 +83,9 @@ class Talk2DinoHead(Head):
 
     Args:
         image_width: d, the width of the image tokens.
-        pooled_width: the width of the pooled prompt features.
+        pooled_width: the width of what is projected of a prompt.
         layer: the cached layer it reads: the published models take the last, normalised.
+        text: what of a prompt is projected: its pooled feature, or the mean of its tokens (JurasSigLIP).
         alignment: one of `ALIGNMENTS`; the published models take `head_tokens`. Masks do not depend on it.
         hidden_layers: see `Projection`.
         logit_scale, background: as above; 0.55 is published for ViT-B, 0.54 for ViT-L.
@@ -92,7 +96,6 @@ class Talk2DinoHead(Head):
     """
 
     initial_report: Talk2DinoReport | None = None
-    reads_tokens = False
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class Talk2DinoHead(Head):
         image_width: int,
         pooled_width: int,
         layer: str,
+        text: str = "pooled",
         alignment: str = "head_tokens",
         hidden_layers: int = 1,
         logit_scale: float = 1.0,
@@ -113,6 +117,7 @@ class Talk2DinoHead(Head):
         self.attention = (alignment,) if alignment in ("mean_token", "head_tokens") else ()
         self.embedded_layers = (layer,) if alignment == "mean_patch" else ()
         self.alignment = alignment
+        self.reads_tokens = text == "mean"
         self.projection = Projection(pooled_width=pooled_width, image_width=image_width, hidden_layers=hidden_layers)
         self.logit_scale, self.threshold = logit_scale, math.log(background / (1 - background))
         self.log_gain = _parameter(0.0 if learned_logits else None)
@@ -122,7 +127,7 @@ class Talk2DinoHead(Head):
 
     def forward(self, inputs: HeadInputs) -> HeadOutputs:
         """(b, gh, gw) mask logits, and embeddings of d channels."""
-        projected = self.projection(inputs.pooled)
+        projected = self._project(inputs)
         logits = self.logit_scale * (self._cosine(inputs, projected) - self.threshold)
         if self.log_gain is not None and self.shift is not None:
             logits = self.log_gain.exp() * (logits + self.shift)
@@ -130,11 +135,19 @@ class Talk2DinoHead(Head):
 
     def cosine(self, inputs: HeadInputs) -> Float[Tensor, "b gh gw"]:
         """Cosine of each projected prompt and each patch of its image."""
-        return self._cosine(inputs, self.projection(inputs.pooled))
+        return self._cosine(inputs, self._project(inputs))
 
     def embed(self, inputs: HeadInputs) -> Embeddings:
         """What contrastive losses compare; reads no token grid but for `mean_patch`."""
-        return self._embeddings(inputs, self.projection(inputs.pooled))
+        return self._embeddings(inputs, self._project(inputs))
+
+    def _project(self, inputs: HeadInputs) -> Float[Tensor, "b d"]:
+        if not self.reads_tokens:
+            projected: Tensor = self.projection(inputs.pooled)
+            return projected
+        mask = inputs.prompt_mask[..., None]
+        mean: Tensor = self.projection((inputs.prompt_tokens * mask).sum(1) / mask.sum(1).clamp(min=1))
+        return mean
 
     def _cosine(self, inputs: HeadInputs, projected: Float[Tensor, "b d"]) -> Float[Tensor, "b gh gw"]:
         tokens = F.normalize(inputs.features[self.layers[0]], dim=-1).index_select(0, inputs.image_index)
@@ -160,6 +173,7 @@ def build_talk2dino(
     shapes: FeatureShapes,
     *,
     layer: str | None = None,
+    text: str = "pooled",
     alignment: str = "head_tokens",
     hidden_layers: int = 1,
     logit_scale: float = 1.0,
@@ -180,6 +194,8 @@ def build_talk2dino(
     """
     if alignment not in ALIGNMENTS:
         raise unknown_name("alignment", alignment, ALIGNMENTS)
+    if text not in TEXTS:
+        raise unknown_name("text", text, TEXTS)
     if hidden_layers < 0:
         raise ValueError("hidden_layers must be at least 0")
     if not 0 < background < 1:
@@ -202,8 +218,9 @@ def build_talk2dino(
         )
     head = Talk2DinoHead(
         image_width=image_width,
-        pooled_width=shapes.pooled_width,
+        pooled_width=shapes.token_width if text == "mean" else shapes.pooled_width,
         layer=layer,
+        text=text,
         alignment=alignment,
         hidden_layers=hidden_layers,
         logit_scale=logit_scale,

@@ -10,10 +10,12 @@ from cache_schema.atomic import StorePath, parse_path
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from evaluate.evaluation import evaluate_runs
+from evaluate.finetune_report import BeforeAfter, before_and_after, write_finetune_report
 from evaluate.predictor import Predictor
 from extract.job import pick_device
 from heads.checkpoint import load_head
 from heads.data import Residency
+from heads.finetune import FinetuneConfig, Finetuning
 from heads.runs import Training, read_run_config, run_name
 from heads.train import TrainRequest, train_together
 from heads.train_config import TrainConfig
@@ -98,6 +100,54 @@ def _request(config: TrainConfig, cache: FeatureCache, runs: Path) -> TrainReque
     paths = StorePaths(cache.samples.path, cache.images.store.path, cache.prompts.store.path)
     recorded = {"encoders": record_encoders(cache, run_dir), "store_paths": record_stores(paths, run_dir)}
     return TrainRequest(config, run_dir, recorded)
+
+
+def finetune(
+    recipe: str | FinetuneConfig,
+    cache: FeatureCache,
+    runs: Path | str = "runs",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    head: RunLike | None = None,
+    states: StorePath | str | None = None,
+    merge: bool = False,
+    trackers: Sequence[str] = ("tensorboard",),
+) -> Finetuning:
+    """Adapt the encoders of a cache by LoRA, by a recipe's name or by a config of your own.
+
+    Args:
+        settings: values to replace in a named recipe, such as `{"rank": 4, "segmentation.epochs": 3}`.
+        head: a run on this cache whose head the segmentation stage goes on from.
+        states: an image-feature store with layer `K+tokens`, for `from_states`.
+        merge: write the adapted encoders as whole models of transformers, too.
+
+    Returns:
+        What came of it; `report.html` in its folder has curves and, with `head`, pictures from before and after.
+
+    Raises:
+        UsageError: the recipe or a setting is unknown, or encoders or images cannot be had.
+        StoreMismatchError: the encoders do not say what the cache says.
+    """
+    from headstart.finetune_recipes import make_finetune_config
+    from headstart.finetuning import finetune_encoders
+
+    if settings and not isinstance(recipe, str):
+        raise UsageError("settings replace values of a named recipe; a FinetuneConfig already has its own.")
+    found = finetune_encoders(
+        make_finetune_config(recipe, settings) if isinstance(recipe, str) else recipe,
+        cache,
+        runs,
+        head=None if head is None else _run_dir(head),
+        states=None if states is None else parse_path(states),
+        merge=merge,
+        trackers=trackers,
+    )
+    pictures: Sequence[BeforeAfter] = ()
+    if head is not None:
+        split = read_run_config(_run_dir(head))["config"]["val_split"]
+        pictures = before_and_after(cache, load(head), load(found.stages["segmentation"]), split)
+    write_finetune_report(found.run_dir, pictures)
+    return found
 
 
 def evaluate(

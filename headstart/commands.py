@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 from cache_schema.errors import UsageError
 from headstart.command import Command, Json, Place
 from headstart.extract_commands import Encoders, Extract, Plan
+from headstart.finetune_commands import FINETUNE_COMMANDS
 from headstart.prepare_commands import PREPARE_COMMANDS
 from headstart.sweep_commands import Sweep
 
@@ -30,14 +31,20 @@ class Demo:
 
     out: Path = Path("demo")
     """Folder for everything it makes: scenes/, encoders/, stores/, runs/, results.json, report.html."""
-    num_images: int = 2000
-    """How many scenes to make. Fewer are faster and worse."""
+    num_images: int | None = None
+    """How many scenes to make: 2000, with --lora 800. Fewer are faster and worse."""
+    lora: bool = False
+    """Walk on: adapt the encoders by LoRA in two stages, extract with them anew, and train a head on the new cache."""
     json: Json = False
 
     def run(self) -> Any:
+        if self.lora:
+            from headstart.lora_demo import run_lora_demo
+
+            return run_lora_demo(self.out, self.num_images or 800)
         from headstart.demo import run_demo
 
-        return run_demo(self.out, self.num_images)
+        return run_demo(self.out, self.num_images or 2000)
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,7 @@ COMMANDS: dict[str, type[Command]] = {
     "extract": Extract,
     "train": Train,
     "sweep": Sweep,
+    **FINETUNE_COMMANDS,
     "evaluate": Evaluate,
     "predict": Predict,
     "publish": Publish,

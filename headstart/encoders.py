@@ -169,8 +169,7 @@ def load_image_encoder_of_store(store: StorePath, header: StoreHeader, device: s
     """
     from extract.encoders.image import load_image_encoder
 
-    spec = _image_spec(*_source_of_store(store, header), _settings(header))
-    encoder = load_image_encoder(spec, device=pick_device(device))
+    encoder = load_image_encoder(image_spec_of_store(store, header), device=pick_device(device))
     _require_same(encoder, fingerprint(header.identity["encoder"]), f"{store} was made with")
     return encoder
 
@@ -179,8 +178,7 @@ def load_text_encoder_of_store(store: StorePath, header: StoreHeader, device: st
     """The encoder that a prompt-feature store was made with. Raises as `load_image_encoder_of_store` does."""
     from extract.encoders.text import load_text_encoder
 
-    spec = _text_spec(*_source_of_store(store, header), _settings(header))
-    encoder = load_text_encoder(spec, device=pick_device(device))
+    encoder = load_text_encoder(text_spec_of_store(store, header), device=pick_device(device))
     _require_same(encoder, fingerprint(header.identity["encoder"]), f"{store} was made with")
     return encoder
 
@@ -203,6 +201,16 @@ def load_recorded_encoders(
     for side, encoder in (("image", loaded_image), ("text", loaded_text)):
         _require_same(encoder, config["encoder_fingerprints"][side], f"{run_dir} was trained on")
     return loaded_image, loaded_text
+
+
+def image_spec_of_store(store: StorePath, header: StoreHeader) -> ImageEncoderSpec:
+    """How the image encoder of a store is loaded again, for the layers that the store holds."""
+    return _image_spec(*_source_of_store(store, header), _settings(header))
+
+
+def text_spec_of_store(store: StorePath, header: StoreHeader) -> TextEncoderSpec:
+    """How the text encoder of a store is loaded again."""
+    return _text_spec(*_source_of_store(store, header), _settings(header))
 
 
 def _source_of_store(store: StorePath, header: StoreHeader) -> tuple[str, str | None]:

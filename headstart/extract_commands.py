@@ -36,7 +36,8 @@ class ExtractionOptions:
     """Folder of a PEFT adapter to lay on the text encoder."""
     layers: tuple[str, ...] = ("last",)
     """Layers to keep: "last" is what the model calls its last hidden state, a number that block's output before any
-    norm, a number with +norm (such as 9+norm) the same after the model's final norm. Of a pyramid: stages."""
+    norm, a number with +norm (such as 9+norm) the same after the model's final norm, one with +tokens all tokens that
+    go into the block behind it, for `headstart finetune --states`. Of a pyramid: stages."""
     attention: tuple[Literal["logits", "head_tokens", "mean_token"], ...] = ()
     """What the CLS token attends to in the last block, for Talk2DINO; for models of the DINO family."""
     input_size: tuple[int, int] | None = None

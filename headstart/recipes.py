@@ -118,7 +118,7 @@ RECIPES: dict[str, TrainConfig] = {
     ),
 }
 
-_OPTIONAL: dict[str, type] = {"patience": int, "val_samples": int, "data_seed": int, "ema": float}
+OPTIONAL: dict[str, type] = {"patience": int, "val_samples": int, "data_seed": int, "ema": float}
 """Settings that may be null, and what they are otherwise."""
 
 
@@ -130,16 +130,24 @@ def make_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> Trai
     """
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
-    config = RECIPES[recipe]
+    return replace_settings(RECIPES[recipe], overrides or {}, f"recipe {recipe!r}")
+
+
+def replace_settings(config: TrainConfig, overrides: Mapping[str, Any], of: str) -> TrainConfig:
+    """A config with some of its values replaced: fields of `TrainConfig`, or arguments of the head.
+
+    Raises:
+        UsageError: a key is unknown; it says `of` what.
+    """
     arguments = dict(config.arguments)
     replaced: dict[str, Any] = {}
-    for key, value in (overrides or {}).items():
+    for key, value in overrides.items():
         if key in _FIELDS:
-            replaced[key] = _like(key, value, getattr(config, key))
+            replaced[key] = like(key, value, getattr(config, key), OPTIONAL)
         elif key in head_arguments(config.head):
             arguments[key] = value
         else:
-            raise unknown_name(f"setting of recipe {recipe!r}", key, _FIELDS | head_arguments(config.head))
+            raise unknown_name(f"setting of {of}", key, _FIELDS | head_arguments(config.head))
     return dataclasses.replace(config, arguments=plain_arguments(config.head, arguments), **replaced)
 
 
@@ -172,11 +180,15 @@ def make_configs(recipes: Sequence[str], overrides: Mapping[str, Any] | None = N
     return [make_config(recipe, own) for recipe, own in settings.items()]
 
 
-def _like(key: str, value: Any, example: Any) -> Any:
-    """`value`, if it is of the kind of the value it replaces."""
-    if key in _OPTIONAL and value is None:
+def like(key: str, value: Any, example: Any, optional: Mapping[str, type]) -> Any:
+    """`value`, if it is of the kind of the value it replaces, or of the kind of an `optional` setting, or null for it.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if key in optional and value is None:
         return None
-    kind = _OPTIONAL.get(key, type(example))
+    kind = optional.get(key, type(example))
     if isinstance(value, list):
         value = tuple(value)
     if kind is float and type(value) is int:
@@ -188,7 +200,7 @@ def _like(key: str, value: Any, example: Any) -> Any:
         fits = all(type(weight) in (int, float) for weight in value.values())
         value = {name: float(weight) for name, weight in value.items()} if fits else value
     if not fits:
-        shown = {int: 5, float: 0.999}.get(kind, example) if key in _OPTIONAL else example
+        shown = {int: 5, float: 0.999}.get(kind, example) if key in optional else example
         raise UsageError(f"{key} cannot be {value!r}: give something like {shown!r}.")
     return value
 

@@ -21,9 +21,6 @@ FINAL_LAYER = "last"
 NORMED = "+norm"
 """Behind a block's number: that block's output after the model's final norm."""
 
-TOKENS = "+tokens"
-"""Behind a block's number: all tokens of that block's output, from which the blocks behind it can go on."""
-
 
 @dataclass(frozen=True)
 class ImageEncoderSpec:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from cache_schema.errors import UsageError
+from cache_schema.features import TOKENS
 from cache_schema.masks import Size
 from extract.encoders.attention import LastAttention, pool_by_attention
 from extract.encoders.families import TransformerFamily
@@ -24,7 +25,7 @@ from extract.encoders.hidden_states import HiddenStates
 from extract.encoders.precision import halve_weights
 from extract.encoders.protocols import ImageEncoding
 from extract.encoders.sizes import pair_of
-from extract.encoders.specs import FINAL_LAYER, NORMED, TOKENS, AttentionOutput, Precision
+from extract.encoders.specs import FINAL_LAYER, NORMED, AttentionOutput, Precision
 
 _LAYER = re.compile(rf"(?P<number>0|[1-9]\d*)(?P<kind>{re.escape(NORMED)}|{re.escape(TOKENS)})?", re.ASCII)
 _Kind = Literal["plain", "normed", "tokens"]

@@ -172,6 +172,17 @@ def test_a_logit_is_above_0_where_the_sigmoid_of_the_cosine_is_above_the_backgro
     torch.testing.assert_close(logits, 7 * (cosines - math.log(background / (1 - background))))
 
 
+def test_the_mean_of_its_tokens_may_stand_for_a_prompt() -> None:
+    head, inputs = make_head(text="mean"), make_inputs(SHAPES)
+    check_padding_is_not_seen(head, inputs)
+    check_tokens_are_missed_by_who_reads_them(head, inputs)
+    length = int(inputs.prompt_mask[1].sum())
+    (expected,) = head.projection(inputs.prompt_tokens[1:2, :length].mean(1))
+    torch.testing.assert_close(head.embed(inputs).text[1], expected)
+    with pytest.raises(UsageError, match="unknown text 'means': did you mean 'mean'"):
+        make_head(text="means")
+
+
 def test_the_background_is_that_of_vit_b_unless_told_otherwise() -> None:
     inputs = make_inputs(SHAPES)
     assert torch.equal(make_head()(inputs).mask_logits, make_head(background=0.55, logit_scale=1.0)(inputs).mask_logits)

@@ -36,6 +36,7 @@ def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
         ["extract"],
         ["train"],
         ["sweep"],
+        ["finetune"],
         ["bench", "heads"],
         ["publish"],
         ["evaluate"],
