@@ -6,6 +6,7 @@ The order of an epoch depends on (seed, epoch, rank, world size) and on nothing 
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,12 @@ from cache_schema.masks import Size
 from cache_schema.reader import RowReader, default_threads
 from heads.inputs import FeatureShapes, StoredInputs
 from heads.losses import Targets
+
+_LARGE_ROW_BYTES = 1 << 16
+_MOST_LENT = 4
+"""Batches of one shape whose memory is lent out again."""
+_ONLY_HERE = 3
+"""References to an array that nobody else holds: its list, the name of a loop, and the argument of the counting."""
 
 Residency = Literal["device", "ram", "disk", "auto"]
 T = TypeVar("T")
@@ -306,6 +313,7 @@ class _Arrays:
         needed_bytes = sum(len(rows) * reader.layout.row_bytes for reader in readers)
         self.residency = _choose_residency(needed_bytes, device) if residency == "auto" else residency
         self._pinned = device.type == "cuda" and self.residency != "device"
+        self._lent = _Lent()
         self._resident: dict[str, dict[str, Tensor]] = {}
         if self.residency != "disk":
             self._place_of_row = np.full(len(images.ids), -1, np.int64)
@@ -324,10 +332,37 @@ class _Arrays:
         return {layer: self._gather(tensor, places) for layer, tensor in self._resident[kind].items()}
 
     def _gather(self, tensor: Tensor, places: Tensor) -> Tensor:
-        if not self._pinned:
+        shape = (len(places), *tensor.shape[1:])
+        if self._pinned:
+            return torch.index_select(tensor, 0, places, out=_empty(shape, tensor.dtype, pinned=True))
+        if tensor.device.type != "cpu":
             return tensor.index_select(0, places.to(tensor.device))
-        out = _empty((len(places), *tensor.shape[1:]), tensor.dtype, pinned=True)
-        return torch.index_select(tensor, 0, places, out=out)
+        if tensor.dtype != torch.float16 or tensor[0].nbytes < _LARGE_ROW_BYTES:
+            return torch.index_select(tensor, 0, places, out=self._lent.take(shape, tensor.dtype))
+        out = self._lent.take(shape, torch.float32)  # what they are used in on a CPU; one pass instead of two
+        for row, place in zip(out, places.tolist(), strict=True):
+            row.copy_(tensor[place])
+        return out
+
+
+class _Lent:
+    """Memory of batches that nobody holds any more, lent out again: fresh pages cost more than filling them."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[tuple[int, ...], torch.dtype], list[NDArray[Any]]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor to be filled. Its memory is lent again when the last tensor that shares it is gone."""
+        num, of_row = shape[0], shape[1:]
+        arrays = self._arrays.setdefault((of_row, dtype), [])
+        arrays[:] = [array for array in arrays if len(array) >= num]
+        for array in arrays:
+            if sys.getrefcount(array) == _ONLY_HERE:
+                return torch.from_numpy(array[:num])
+        array = _empty_array(shape, dtype)
+        if len(arrays) < _MOST_LENT:
+            arrays.append(array)
+        return torch.from_numpy(array[:num])
 
 
 def _read(reader: RowReader, rows: NDArray[np.int64], pinned: bool = False) -> Tensor:
@@ -341,7 +376,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
     """A tensor to be filled. numpy asks for huge pages, which torch does not, so that its memory is ready sooner."""
     if pinned:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
-    return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+    return torch.from_numpy(_empty_array(shape, dtype))
+
+
+def _empty_array(shape: tuple[int, ...], dtype: torch.dtype) -> NDArray[Any]:
+    return np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype)
 
 
 def _choose_residency(needed_bytes: int, device: torch.device) -> Residency:
