@@ -169,7 +169,7 @@ class CachedSplit:
             for size in self.target_sizes
         }
         self._tokens = _Tokens(cache, kept=tokens)
-        self._pooled = torch.from_numpy(cache.prompts.pooled())
+        self._pooled = _ready(torch.from_numpy(cache.prompts.pooled()), torch.device(device))
         rows = np.unique(self._image_of[:, None] + np.arange(self._num_views))
         self._arrays = _Arrays(cache, layers, grids, attention, rows, residency, torch.device(device))
         self._device = torch.device(device)
@@ -231,7 +231,10 @@ class CachedSplit:
         return Draw.whole(self.samples[np.argsort(self._image_of, kind="stable")]).cut(batch_size)
 
     def load(self, draw: Draw) -> Batch:
-        """Inputs and targets of some samples of this split, in that order. Features stay in their stored data type."""
+        """Inputs and targets of some samples of this split, in that order.
+
+        Features are in their stored data type, or in float32 where they are in memory and used on a CPU.
+        """
         places = self._place_of_sample[draw.samples]
         whole = self._image_of[places]
         rows, first, image_index = np.unique(whole + draw.views, return_index=True, return_inverse=True)
@@ -320,7 +323,9 @@ class _Arrays:
             self._place_of_row[rows] = np.arange(len(rows))
             home = device if self.residency == "device" else torch.device("cpu")
             for kind, of_layer in self._readers.items():
-                self._resident[kind] = {layer: _read(reader, rows).to(home) for layer, reader in of_layer.items()}
+                kept = {layer: _read(reader, rows).to(home) for layer, reader in of_layer.items()}
+                small = kind in ("cls", "attention")
+                self._resident[kind] = {layer: _ready(one, device) if small else one for layer, one in kept.items()}
             for reader in readers:
                 reader.close()
 
@@ -343,6 +348,11 @@ class _Arrays:
         for row, place in zip(out, places.tolist(), strict=True):
             row.copy_(tensor[place])
         return out
+
+
+def _ready(tensor: Tensor, device: torch.device) -> Tensor:
+    """What is small is kept as it is used on a CPU, so that no batch has to turn it into float32 again."""
+    return tensor.float() if device.type == "cpu" else tensor
 
 
 class _Lent:
