@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from extract.job import pick_device
 from heads.checkpoint import load_head
 from heads.data import CachedSplit, Draw
 from heads.inputs import Head
-from heads.runs import read_run_config
+from heads.runs import read_history, read_run_config
 
 BATCH_SIZE = 64
 _EXAMPLES_OF_GROUP = 4
@@ -127,7 +126,7 @@ def evaluate_runs(
     reports = [
         RunReport(
             head=label,
-            history=_read_history(evaluation.run_dir),
+            history=read_history(evaluation.run_dir),
             scores=evaluation.scores,
             prompts=prompts,
             tags=tags,
@@ -240,10 +239,6 @@ def _check_same_encoders(run_dir: Path, cache: FeatureCache) -> None:
             f"{run_dir} was trained on features of another {' and '.join(sides)} encoder than this cache holds. "
             "Name the stores it was trained on, or train on these."
         )
-
-
-def _read_history(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _examples(evaluation: Evaluation, cache: FeatureCache, split: str, protocol: Protocol) -> Iterator[Example]:

@@ -39,7 +39,7 @@ from evaluate.plots import colour_of
 from evaluate.predictor import Prediction, open_image
 from evaluate.report_plots import Line, draw_curves
 from heads.finetune import FINISHED, STAGES, read_finetuning
-from heads.runs import METRICS
+from heads.runs import METRICS, read_history
 
 PAGE = "report.html"
 
@@ -197,8 +197,7 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_history(stage_dir: Path) -> list[dict[str, Any]]:
     """The validations of a stage; none where its folder was removed after it."""
-    path = stage_dir / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_history(stage_dir) if (stage_dir / METRICS).is_file() else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ Says what quality costs. Knows nothing about how the runs were made, and nothing
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from evaluate.baselines import score_baselines
 from evaluate.evaluation import Evaluation, evaluate_run
 from evaluate.head_cost import describe_machine, measure_cost
 from evaluate.metrics import ORIGINAL_SIZE, Metrics, Protocol, slice_metrics
-from heads.runs import METRICS, read_run_config, read_training
+from heads.runs import read_history, read_run_config, read_training
 
 RANKED_BY = "mean_iou"
 SHOWN_METRICS = (RANKED_BY, "overall_iou", "p_at_0.5")
@@ -192,7 +191,7 @@ def _train_samples_per_s(run_dirs: Sequence[Path], cache: FeatureCache) -> float
     num, seconds = 0, 0.0
     for run_dir in run_dirs:
         train_split = read_run_config(run_dir)["config"]["train_split"]
-        epochs = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
+        epochs = read_history(run_dir)
         num += len(epochs) * len(cache.usable_samples(train_split))
         seconds += math.fsum(epoch["train_s"] for epoch in epochs)
     return num / seconds if seconds else None

@@ -54,27 +54,6 @@ class Read(Protocol):
 
 
 @runtime_checkable
-class LiveEncoder(Protocol):
-    """A module with an adapter, whose parameters are the only ones that require gradients.
-
-    Called with (i, h, w, 3) uint8 pixels or (i, n, d) hidden states it gives what it sees, or called with the token ids
-    of prompts, what it reads.
-    """
-
-    @property
-    def identity(self) -> Mapping[str, Any]: ...
-
-    @property
-    def adapted_modules(self) -> Sequence[str]: ...
-
-    def __call__(self, given: Any) -> Any: ...
-
-    def save_adapter(self, folder: Path) -> None:
-        """Write the adapter in PEFT's own format."""
-        ...
-
-
-@runtime_checkable
 class ImageSource(Protocol):
     """Where that comes from which a live image encoder is given."""
 
@@ -169,7 +148,9 @@ class LiveEncoders:
     """The encoders of a cache, of which one or both are live. Where their adapters are frozen, the head learns alone.
 
     Args:
-        image, text: live encoders; None for a side that stays frozen and is read from the cache.
+        image, text: live encoders; None for a side that stays frozen and is read from the cache. Each has the
+            `identity` of what it was loaded from, `adapted_modules`, whose parameters alone require gradients, and
+            `save_adapter(folder)`, which writes them in PEFT's format.
         images: where that comes from which `image` is given.
         rate: the learning rate of the adapters, as a share of the head's.
         images_at_once: where the loss only compares, encode so many images of a batch at once, which takes less memory

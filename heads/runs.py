@@ -132,6 +132,11 @@ def read_run_config(run_dir: Path, *needed: str) -> dict[str, Any]:
     return config
 
 
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """Every validation of a run, from the first on."""
+    return [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
+
+
 def read_training(run_dir: Path) -> Training | None:
     """What a finished run recorded; None if it is not finished."""
     path = run_dir / FINISHED

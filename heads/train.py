@@ -18,8 +18,9 @@ from cache_schema import atomic
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from heads.checkpoint import HeadSpec
-from heads.data import Batch, CachedSplit, Draw, Residency, feature_shapes, prefetch, timed
+from heads.data import Batch, CachedSplit, Draw, feature_shapes, prefetch, timed
 from heads.live import LiveEncoders
+from heads.residency import Residency
 from heads.runs import FINISHED, STATE, Training, read_training, refuse_other_run, run_identity
 from heads.train_config import TrainConfig
 from heads.trainee import Trainee

@@ -14,8 +14,8 @@ from evaluate.finetune_report import BeforeAfter, before_and_after, write_finetu
 from evaluate.predictor import Predictor
 from extract.job import pick_device
 from heads.checkpoint import load_head
-from heads.data import Residency
 from heads.finetune import FinetuneConfig, Finetuning
+from heads.residency import Residency
 from heads.runs import Training, read_run_config, run_name
 from heads.train import TrainRequest, train_together
 from heads.train_config import TrainConfig

@@ -13,9 +13,10 @@ from cache_schema.features import FeatureCache
 from evaluate.leaderboard import Contender, make_leaderboard
 from evaluate.leaderboard_files import write_leaderboard
 from heads.checkpoint import HeadSpec
-from heads.data import Residency, feature_shapes
+from heads.data import feature_shapes
 from heads.dry_run import DryRun, dry_run
 from heads.inputs import FeatureShapes
+from heads.residency import Residency
 from heads.runs import has_state, read_training, run_name
 from heads.train import SHARED_SETTINGS
 from heads.train_config import TrainConfig

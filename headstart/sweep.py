@@ -17,8 +17,9 @@ from tqdm import tqdm
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from heads.checkpoint import HeadSpec
-from heads.data import Residency, feature_shapes
+from heads.data import feature_shapes
 from heads.dry_run import dry_run
+from heads.residency import Residency
 from heads.runs import Training, read_training, refuse_other_run, run_identity, run_name
 from heads.train_config import TrainConfig
 from headstart.recipes import make_config

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cache_schema.errors import UsageError
 
 if TYPE_CHECKING:
-    from heads.data import Residency
+    from heads.residency import Residency
     from heads.runs import Training
     from heads.train_config import TrainConfig
 

@@ -409,9 +409,9 @@ def test_workers_that_are_killed_until_the_job_ends_change_nothing(
     cluster: RunningCluster, make_tasks: Callable[[Path], Any], alone: list[Extraction], tmp_path: Path
 ) -> None:
     (images, prompts), num_units = make_tasks(tmp_path / "stores"), NUM_IMAGES // SHARD_ROWS
-    with Killer(tmp_path, num_units, every=3) as killer:
+    with Killer(tmp_path, num_units, every=2) as killer:
         (extraction,) = run_on_cluster([images], cluster)
-    assert len(killer.receipts) >= 3  # under way: some units were published, and some were not
+    assert len(killer.receipts) >= 5  # under way: some units were published, and some were not
     assert digest_of(extraction) == digest_of(alone[0])
     assert failures_of(extraction) == failures_of(alone[0])
     assert digest_of(run_on_cluster([prompts], cluster)[0]) == digest_of(alone[1])

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import heads.data
+import heads.residency
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache, ImageFeatures, open_cache
 from extract.encoders.protocols import ImageEncoding
 from extract.image_job import ImageJobConfig, extract_images
 from extract.job import Extraction
-from heads.data import Batch, CachedSplit, Draw, Residency, feature_shapes
+from heads.data import Batch, CachedSplit, Draw, feature_shapes
+from heads.residency import Residency
 from heads.train import train
 from heads.train_config import TrainConfig
 from tests.extract.toys import ToyImageEncoder
@@ -271,14 +272,14 @@ def test_features_are_read_from_disk_where_they_would_fill_more_than_half_of_fre
     row_bytes = sum(images.store.layouts[name].row_bytes for name in arrays)
     needed_bytes = num_images * len(images.view_specs) * row_bytes
     free = SimpleNamespace(available=2 * needed_bytes + spare_bytes)
-    monkeypatch.setattr(heads.data.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(heads.residency.psutil, "virtual_memory", lambda: free)
     assert CachedSplit(any_cache, "train", (8, 8), all_views=True).residency == residency
 
 
 def test_a_residency_that_is_asked_for_is_not_second_guessed(
     feature_cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads.data.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(heads.residency.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     assert CachedSplit(feature_cache, "train", (8, 8), residency="ram").residency == "ram"
 
 

@@ -17,7 +17,7 @@ import heads.trainee
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
 from heads.checkpoint import load_head
-from heads.data import Residency
+from heads.residency import Residency
 from heads.runs import Training, run_name
 from heads.train import TrainRequest, train, train_together
 from heads.train_config import TrainConfig

@@ -21,7 +21,8 @@ from cache_schema.features import FeatureCache, ImageFeatures, open_cache
 from cache_schema.views import ASPECTS, View
 from extract.image_job import ImageJobConfig, extract_images
 from extract.job import Extraction
-from heads.data import CachedSplit, Draw, Residency
+from heads.data import CachedSplit, Draw
+from heads.residency import Residency
 from tests.extract.toys import ToyImageEncoder
 
 SIZE = (16, 24)
