@@ -13,9 +13,12 @@ from tyro.conf import Positional, arg
 
 from cache_schema.errors import UsageError
 from headstart.command import Command, Json, Place
+from headstart.evaluate_commands import EVALUATE_COMMANDS
 from headstart.extract_commands import Encoders, Extract, Plan
 from headstart.finetune_commands import FINETUNE_COMMANDS
+from headstart.predict_commands import PREDICT_COMMANDS
 from headstart.prepare_commands import PREPARE_COMMANDS
+from headstart.publish_commands import PUBLISH_COMMANDS
 from headstart.sweep_commands import Sweep
 
 RECIPE_NAMES = tuple("linear cross_attention juras pseg pseg-tokens clipseg film text-driven talk2dino".split())
@@ -114,106 +117,6 @@ class Train:
         return results[0] if self.heads is None else {"runs": results}
 
 
-@dataclass(frozen=True)
-class Evaluate:
-    """Score trained heads at the images' original sizes, and leave results.json and report.html.
-
-    Example: headstart evaluate runs/* --split test --out report
-    """
-
-    runs: Positional[tuple[Path, ...]]
-    """Run folders, as `headstart train` printed them."""
-    split: str = "val"
-    """Which split to score."""
-    out: Path | None = None
-    """Folder for results.json and report.html; by default the first run's."""
-    stores: Place | None = None
-    """Folder with one store of each kind, if not the stores the first run was trained on."""
-    samples: Place | None = None
-    """The samples store, where that folder holds several."""
-    images: Place | None = None
-    """The image-feature store, where that folder holds several."""
-    prompts: Place | None = None
-    """The prompt-feature store, where that folder holds several."""
-    json: Json = False
-
-    def run(self) -> Any:
-        from headstart import api, tables
-
-        if not self.runs:
-            raise UsageError("there is no run to evaluate; name the run folders that `headstart train` printed.")
-        named = {"samples": self.samples, "images": self.images, "prompts": self.prompts}
-        if self.stores is None and any(named.values()):
-            raise UsageError(
-                "--samples, --images and --prompts choose among the stores of a folder; name it with --stores."
-            )
-        cache = api.open_cache(self.stores, **named) if self.stores else None
-        results = api.evaluate(list(self.runs), cache, split=self.split, out=self.out)
-        print(tables.results_table(results))
-        print(f"report: {(self.out or self.runs[0]) / 'report.html'}")
-        return results
-
-
-@dataclass(frozen=True)
-class Predict:
-    """Segment what prompts name in one picture: a mask and an overlay, as PNG files at the picture's own size.
-
-    Example: headstart predict runs/cross_attention-0123456789ab photo.jpg "the red circle" "all squares"
-    """
-
-    run_dir: Positional[Path]
-    """Run folder of the head."""
-    image: Positional[Path]
-    """Picture to look at."""
-    prompts: Positional[tuple[str, ...]]
-    """What to segment; each prompt gives a mask of its own."""
-    out: Path = Path("predictions")
-    """Folder the PNG files are written to."""
-    device: str = "auto"
-    """Where encoders and head run."""
-    json: Json = False
-
-    def run(self) -> Any:
-        from headstart.predictions import predict_image
-
-        predictions = predict_image(self.run_dir, self.image, self.prompts, self.out, self.device)
-        for prediction in predictions:
-            print(f"{prediction['prompt']}: {prediction['mask_share']:.1%} of the picture -> {prediction['overlay']}")
-        return {"image": str(self.image), "predictions": predictions}
-
-
-@dataclass(frozen=True)
-class Publish:
-    """Write a run's head with a model card (protocol, scores, fingerprints) to a folder, or push it to the Hub.
-
-    Example: headstart publish runs/film-0123456789ab --out film --push owner/film-scenes
-    """
-
-    run_dir: Positional[Path]
-    """Run folder of the head."""
-    out: Path | None = None
-    """Folder to write: config.json, model.safetensors, facts.json, README.md."""
-    push: str | None = None
-    """Name at the Hugging Face Hub, owner/name; needs a token (`hf auth login`)."""
-    private: bool = False
-    """Make the repository at the Hub private, if it is made now."""
-    json: Json = False
-
-    def run(self) -> Any:
-        from heads.hub import HubHead
-
-        if self.out is None and self.push is None:
-            raise UsageError("name a folder with --out, a repository with --push owner/name, or both.")
-        head = HubHead.of_run(self.run_dir)
-        if self.out is not None:
-            head.save_pretrained(self.out)
-            print(f"wrote {self.out}")
-        url = None if self.push is None else str(head.push_to_hub(self.push, private=self.private))
-        if url is not None:
-            print(f"pushed to {url}")
-        return {"out": None if self.out is None else str(self.out), "url": url}
-
-
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     **PREPARE_COMMANDS,
@@ -223,7 +126,7 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "sweep": Sweep,
     **FINETUNE_COMMANDS,
-    "evaluate": Evaluate,
-    "predict": Predict,
-    "publish": Publish,
+    **EVALUATE_COMMANDS,
+    **PREDICT_COMMANDS,
+    **PUBLISH_COMMANDS,
 }
