@@ -116,7 +116,7 @@ class EncoderFactory(Protocol):
         ...
 
     def adapted(self, adapters: Path | None, *, learn: bool) -> LiveEncoders:
-        """With the adapters of a folder, or with fresh ones."""
+        """With the adapters of a folder; or with those of the cache's own encoders, or fresh ones."""
         ...
 
 

@@ -34,6 +34,8 @@ MERGED = {"image": "merged_image", "text": "merged_text"}
 class HubEncoders:
     """Makes the encoders of a cache live, as a `FinetuneConfig` says.
 
+    Where features were extracted with an adapter, that one learns on.
+
     Args:
         states: a store of what goes into the first adapted block, where the forward pass is to start there.
     """
@@ -47,7 +49,7 @@ class HubEncoders:
         return self._live(self._load_image(None, None), self._load_text(None, None))
 
     def adapted(self, adapters: Path | None, *, learn: bool) -> LiveEncoders:
-        """With the adapters of a folder, or with fresh ones."""
+        """With the adapters of a folder; or with those of the cache's own encoders, or fresh ones."""
         torch.manual_seed(next(iter(self.config.stages.values())).seed)
         lora = self._lora() if adapters is None else None
         image, text = self._load_image(lora, adapters), self._load_text(lora, adapters)
@@ -80,9 +82,10 @@ class HubEncoders:
         store = self.cache.images.store
         spec = image_spec_of_store(store.path, store.header)
         layers = self.cache.images.grid_layers
-        folder = None if adapters is None else str(adapters / ADAPTERS["image"])
+        folder = spec.adapter if adapters is None else str(adapters / ADAPTERS["image"])
         start = self.config.first_block if self.config.from_states else None
-        return LiveImageEncoder.load(dataclasses.replace(spec, layers=layers), lora, adapter=folder, start=start)
+        bare = dataclasses.replace(spec, layers=layers, adapter=None)
+        return LiveImageEncoder.load(bare, lora, adapter=folder, start=start)
 
     def _load_text(self, lora: LoraSpec | None, adapters: Path | None) -> LiveTextEncoder | None:
         from extract.encoders.live import LiveTextEncoder
@@ -92,8 +95,8 @@ class HubEncoders:
         store = self.cache.prompts.store
         spec = text_spec_of_store(store.path, store.header)
         of_text = None if lora is None else dataclasses.replace(lora, first_block=0)
-        folder = None if adapters is None else str(adapters / ADAPTERS["text"])
-        return LiveTextEncoder.load(spec, of_text, adapter=folder)
+        folder = spec.adapter if adapters is None else str(adapters / ADAPTERS["text"])
+        return LiveTextEncoder.load(dataclasses.replace(spec, adapter=None), of_text, adapter=folder)
 
     def _lora(self) -> LoraSpec:
         from extract.encoders.lora import LoraSpec
@@ -121,6 +124,8 @@ def finetune_encoders(
     trackers: Sequence[str] = ("tensorboard",),
 ) -> Finetuning:
     """Adapt the encoders of a cache by LoRA, in a folder under `runs` named after everything that decides the outcome.
+
+    Where the cache was extracted with an adapter, that adapter learns on: its settings must be those of `config`.
 
     What is left there: a run folder for each stage, `adapter/` and `text_adapter/` for `headstart extract`, and, if
     they are to be merged, whole models beside them.

@@ -31,7 +31,15 @@ from cache_schema.views import View
 from extract.encoders.families import PYRAMIDS, TRANSFORMERS, TransformerFamily
 from extract.encoders.image import ImageFamily, ImageParts, ImageTower, load_image_parts
 from extract.encoders.loading import from_hub, lay_adapter, load_checkpoint, open_adapter, read_config
-from extract.encoders.lora import LoraSpec, adapted_names, add_lora, lora_targets, save_lora, set_training
+from extract.encoders.lora import (
+    LoraSpec,
+    adapted_names,
+    add_lora,
+    lora_targets,
+    require_lora,
+    save_lora,
+    set_training,
+)
 from extract.encoders.precision import computing_in
 from extract.encoders.protocols import ImageEncoding, TextEncoding
 from extract.encoders.specs import ImageEncoderSpec, TextEncoderSpec
@@ -172,14 +180,14 @@ class LiveImageEncoder(_LiveEncoder):
         """Load an encoder by hub id or folder, in float32 and evaluation mode.
 
         Args:
-            lora: adds a fresh adapter.
+            lora: adds a fresh adapter, or says what the saved one has to be.
             adapter: folder of a saved adapter that learns on. With neither, nothing learns.
             start: the block to start at, the first being 0; `forward` is then given what goes into it.
 
         Raises:
             UsageError: the checkpoint or the adapter cannot be had or does not fit, or cannot give what is asked for.
         """
-        _check(spec, lora, adapter)
+        _check(spec)
         if lora is not None and start is not None and lora.first_block < start:
             raise UsageError(
                 f"adapters from block {lora.first_block} on cannot learn where the encoder starts at block {start}; "
@@ -286,13 +294,13 @@ class LiveTextEncoder(_LiveEncoder):
         """Load an encoder by hub id or folder, in float32 and evaluation mode.
 
         Args:
-            lora: adds a fresh adapter.
+            lora: adds a fresh adapter, or says what the saved one has to be.
             adapter: folder of a saved adapter that learns on. With neither, nothing learns.
 
         Raises:
             UsageError: the checkpoint, its tokenizer or the adapter cannot be had or does not fit.
         """
-        _check(spec, lora, adapter)
+        _check(spec)
         laid: list[_Laid] = []
 
         def adapt(model: PreTrainedModel, family: TextFamily) -> tuple[PreTrainedModel, str | None]:
@@ -341,14 +349,12 @@ class _Laid(NamedTuple):
     names: tuple[str, ...]
 
 
-def _check(spec: AnySpec, lora: LoraSpec | None, adapter: str | None) -> None:
+def _check(spec: AnySpec) -> None:
     if spec.adapter is not None:
         raise UsageError(
             f"an encoder with an adapter on it ({spec.adapter}) cannot learn another one before the two are merged: "
             "name the folder that `headstart finetune --merge` left, or go on with that adapter."
         )
-    if lora is not None and adapter is not None:
-        raise UsageError(f"the adapter {adapter} has settings of its own; give it, or a LoraSpec, but not both.")
 
 
 def _lay(
@@ -356,10 +362,13 @@ def _lay(
 ) -> _Laid:
     """Put a fresh adapter or a saved one into a model, or none."""
     adapted, digest = None, None
-    if lora is not None:
-        adapted = add_lora(model, targets(lora), lora)
-    elif folder is not None:
+    if folder is not None:
+        names = None if lora is None else targets(lora)
         adapted, digest = open_adapter(model, folder, learns=True)
+        if lora is not None and names is not None:
+            require_lora(adapted, names, lora, folder)
+    elif lora is not None:
+        adapted = add_lora(model, targets(lora), lora)
     return _Laid(adapted, digest, adapted_names(model))
 
 

@@ -142,6 +142,37 @@ def load_lora(model: PreTrainedModel, folder: str) -> PeftModel:
     return open_adapter(model, folder, learns=True)[0]
 
 
+def require_lora(adapted: PeftModel, targets: Iterable[str], spec: LoraSpec, folder: str) -> None:
+    """Make sure that a saved adapter is what a spec says.
+
+    Args:
+        targets: full names of the modules that the spec means, see `lora_targets`.
+
+    Raises:
+        UsageError: it is not, and which settings differ.
+    """
+    config = adapted.peft_config[_NAME]
+    settings = {
+        "rank": ("r", spec.rank),
+        "alpha": ("lora_alpha", spec.alpha),
+        "dropout": ("lora_dropout", spec.dropout),
+        "dora": ("use_dora", spec.dora),
+        "rank_stabilised": ("use_rslora", spec.rank_stabilised),
+    }
+    told = [
+        f"{name} is {getattr(config, theirs)} there and {ours} here"
+        for name, (theirs, ours) in settings.items()
+        if getattr(config, theirs) != ours
+    ]
+    names, wanted = set(adapted_names(adapted.get_base_model())), set(targets)
+    if names != wanted:
+        told.append(f"it adapts {len(names)} modules, of which {len(names & wanted)} are among the {len(wanted)} here")
+    if told:
+        raise UsageError(
+            f"the adapter {folder} was made with other settings: {'; '.join(told)}. Set them as they are there."
+        )
+
+
 def save_lora(adapted: PeftModel, folder: Path) -> None:
     """Write an adapter as PEFT does, adapter_config.json and adapter_model.safetensors, over one that is there.
 

@@ -631,7 +631,9 @@ def test_what_cannot_learn_is_refused_in_one_sentence(
     folder = str(tmp_path / "adapter")
     refused(lambda: LiveImageEncoder.load(replace(spec, adapter=folder), SPEC), "finetune --merge")
     refused(lambda: LiveTextEncoder.load(TextEncoderSpec(str(texts["bert"]), adapter=folder)), "finetune --merge")
-    refused(lambda: LiveImageEncoder.load(spec, SPEC, adapter=folder), "not both")
+    refused(
+        lambda: LiveImageEncoder.load(spec, replace(SPEC, rank=SPEC.rank + 1), adapter=folder), "other settings: rank"
+    )
     refused(lambda: LiveImageEncoder.load(spec_of(checkpoints["resnet"], layers=("last",)), SPEC), "convolutional")
     refused(lambda: LiveImageEncoder.load(replace(spec, layers=("2",)), adapter=folder), r"adapts encoder\.layer\.2\.")
     refused(lambda: LiveImageEncoder.load(spec, adapter=folder, start=1), r"adapts encoder\.layer\.0\..*starts")

@@ -29,12 +29,14 @@ from headstart.encoders import image_spec_of_store, load_recorded_encoders, text
 from headstart.finetune_commands import FINETUNE_RECIPE_NAMES
 from headstart.finetune_recipes import FINETUNE_RECIPES, make_finetune_config
 from headstart.finetuning import HubEncoders
+from tests.heads.test_train import KilledError, kill_after
 
 BRIEF = {
     "batch_size": 16,
     "prompts_per_image": 4,
     "epochs": 1,
     "target_size": [16, 24],
+    "checkpoint_steps": 1,
 }
 SETTINGS = {
     **{f"contrastive.{name}": value for name, value in BRIEF.items()},
@@ -233,3 +235,55 @@ def test_stores_of_states_are_asked_for_and_refused_in_time(feature_cache: Featu
     assert isinstance(
         HubEncoders(feature_cache, FinetuneConfig(segmentation=TrainConfig("linear"))).frozen().sides, dict
     )
+
+
+def test_a_cache_of_adapted_encoders_goes_on_with_their_adapters(
+    finetuned: Finetuning, new_cache: FeatureCache, tmp_path: Path
+) -> None:
+    settings = {key: value for key, value in SETTINGS.items() if not key.startswith("contrastive")}
+    config = make_finetune_config("scenes", {**settings, "contrastive": None})
+    live = HubEncoders(new_cache, config)
+    before = load_file(finetuned.run_dir / "adapter" / "adapter_model.safetensors")
+    live.adapted(None, learn=True).save(tmp_path / "begins")
+    begins = load_file(tmp_path / "begins" / "adapter" / "adapter_model.safetensors")
+    assert begins.keys() == before.keys()
+    assert all(torch.equal(begins[name], before[name]) for name in before)
+
+    again = api.finetune("scenes", new_cache, tmp_path, settings={**settings, "contrastive": None})
+    assert min(one.mean_cosine for one in again.parity) > 0.999
+    after = load_file(again.run_dir / "adapter" / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert not all(torch.equal(after[name], before[name]) for name in before)
+    third = extract_with(again.run_dir, new_cache, tmp_path / "stores")
+    recorded = read_run_config(again.stages["segmentation"].run_dir)
+    assert recorded["encoder_fingerprints"] == third.encoder_fingerprints
+
+
+def test_adapters_that_go_on_are_those_the_settings_describe(new_cache: FeatureCache, tmp_path: Path) -> None:
+    settings = {key: value for key, value in SETTINGS.items() if not key.startswith("contrastive")}
+    with pytest.raises(UsageError, match=r"rank is 4 there and 8 here.*Set them as they are there"):
+        api.finetune("scenes", new_cache, tmp_path, settings={**settings, "contrastive": None, "rank": 8})
+    with pytest.raises(UsageError, match=r"it adapts \d+ modules, of which \d+ are among the \d+ here"):
+        api.finetune("scenes", new_cache, tmp_path, settings={**settings, "contrastive": None, "first_block": 1})
+
+
+@pytest.mark.parametrize(("num_losses", "stage_killed"), [(3, "contrastive"), (8, "segmentation")])
+def test_a_killed_finetuning_ends_with_the_same_weights(
+    finetuned: Finetuning, feature_cache: FeatureCache, tmp_path: Path, num_losses: int, stage_killed: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, num_losses)
+        with pytest.raises(KilledError):
+            api.finetune("scenes", feature_cache, tmp_path, settings=SETTINGS)
+    (run_dir,) = tmp_path.iterdir()
+    last_begun = sorted(run_dir.rglob("state.pt"), key=lambda path: path.stat().st_mtime)
+    assert [path.parent.name for path in last_begun[-1:]] == [stage_killed]
+    again = api.finetune("scenes", feature_cache, tmp_path, settings=SETTINGS)
+    for stage in ("contrastive", "segmentation"):
+        for file in ("adapter/adapter_model.safetensors", "text_adapter/adapter_model.safetensors"):
+            expected, found = (load_file(run / stage / file) for run in (finetuned.run_dir, again.run_dir))
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+        expected, found = (
+            load_file(run / stage / "best" / "model.safetensors") for run in (finetuned.run_dir, again.run_dir)
+        )
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
