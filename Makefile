@@ -28,6 +28,7 @@ bench:
 	$(BENCH_PYTHON) -m benchmarks.extract --json build/extract.json
 	$(BENCH_PYTHON) -m benchmarks.prepare --json build/prepare.json
 	$(BENCH_PYTHON) -m benchmarks.train --json build/train.json
+	$(BENCH_PYTHON) -m benchmarks.finetune --json build/finetune.json
 
 # The stamp is written last, so an installation that was cut short starts again.
 $(STAMP): pyproject.toml constraints.txt
