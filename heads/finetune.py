@@ -256,7 +256,8 @@ def _digests(adapters: Path | None) -> dict[str, str]:
 
 
 def _copy_adapter(source: Path, target: Path) -> None:
-    """Whole files, one after the other; a reader of a run that goes on finds either."""
+    """Whole files, one after the other; a reader of a run that goes on finds either. Equal ones are left alone."""
     for file in sorted(source.iterdir()):
-        if file.is_file():
-            atomic.write_file(target / file.name, file.read_bytes())
+        copy = target / file.name
+        if file.is_file() and not (copy.is_file() and copy.read_bytes() == file.read_bytes()):
+            atomic.write_file(copy, file.read_bytes())

@@ -45,14 +45,20 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
             epochs=1,
             batch_size=32,
             prompts_per_image=4,
-            learning_rate=2e-3,
+            learning_rate=2e-4,
             mixed_precision="no",
             target_size=(48, 48),
         ),
-        segmentation=dataclasses.replace(RECIPES["cross_attention"], epochs=3),
+        segmentation=dataclasses.replace(
+            RECIPES["cross_attention"],
+            arguments={**RECIPES["cross_attention"].arguments, "image_depth": 1, "depth": 1},
+            epochs=4,
+            patience=None,
+        ),
         sides=("image", "text"),
         rank=16,
         alpha=32.0,
+        adapter_rate=3.0,
     ),
 }
 

@@ -12,15 +12,13 @@ from typing import Any
 from cache_schema import atomic
 from cache_schema.features import FeatureCache
 from evaluate.finetune_report import before_and_after, write_finetune_report
-from heads.finetune import Finetuning
 from heads.runs import Training
-from heads.train_config import TrainConfig
 from headstart import api
 from headstart.demo import Stopwatch, extract_tiny, make_samples
-from headstart.finetune_recipes import make_finetune_config
-from headstart.recipes import make_config
+from headstart.finetune_recipes import FINETUNE_RECIPES, make_finetune_config
 
 RECIPE = "scenes"
+NUM_SEEDS = 3
 EPOCHS = 6
 """Of every head that is trained on a cache."""
 
@@ -41,13 +39,16 @@ class Step:
             "mean_iou_spread": spread,
             "overall_iou": mean(self.overall_iou),
             "seeds": len(self.mean_iou),
+            "note": None if spread is None else f"{len(self.mean_iou)} heads, standard deviation {spread:.3f}",
         }
 
 
-def run_lora_demo(out: Path, num_images: int, *, num_seeds: int = 1) -> dict[str, Any]:
-    """Frozen, contrastive, LoRA end to end, and a head on the new cache: results.json and report.html under `out`.
+def run_lora_demo(out: Path, num_images: int, *, num_seeds: int = NUM_SEEDS) -> dict[str, Any]:
+    """Frozen, contrastive, LoRA end to end, and heads on the new cache: results.json under `out`, and a report a stage.
 
-    Killed or repeated, it goes on where it was.
+    On each cache heads are trained from nothing. The second stage goes on from the first head on the cache of the
+    first, so that its first validation is that head's, and what it gains is the encoders' doing and its own epochs'.
+    Killed or repeated, the demo goes on where it was.
 
     Args:
         num_seeds: how many heads are trained on each cache. The encoders are adapted once.
@@ -55,41 +56,43 @@ def run_lora_demo(out: Path, num_images: int, *, num_seeds: int = 1) -> dict[str
     watch = Stopwatch()
     samples = make_samples(out, num_images, watch)
     frozen = extract_tiny(out, samples, watch)
-    head = make_config("cross_attention", {"epochs": EPOCHS, "patience": None})
-    before = _train(head, frozen, out, "frozen", num_seeds, watch)
-    config = make_finetune_config(RECIPE)
-    found: Finetuning = watch.time("finetune", lambda: api.finetune(config, frozen, out / "runs"))
-    contrastive = extract_tiny(out, samples, watch, found.run_dir / "contrastive")
-    matched = _train(head, contrastive, out, "contrastive", num_seeds, watch)
-    adapted = extract_tiny(out, samples, watch, found.run_dir / "segmentation")
-    after = _train(head, adapted, out, "LoRA", num_seeds, watch)
+    before = _train(frozen, out, "frozen features", num_seeds, watch)
+    config = make_finetune_config(RECIPE, {"segmentation": None})
+    first = watch.time("finetune, contrastive", lambda: api.finetune(config, frozen, out / "runs"))
+    matched = extract_tiny(out, samples, watch, first.run_dir)
+    between = _train(matched, out, "the cache of the contrastive stage", num_seeds, watch)
+    config = make_finetune_config(RECIPE, {"contrastive": None})
+    second = watch.time("finetune, segmentation", lambda: api.finetune(config, matched, out / "runs", head=between[0]))
+    adapted = extract_tiny(out, samples, watch, second.run_dir)
+    after = _train(adapted, out, "the cache of the adapted encoders", num_seeds, watch)
     steps = [
         _score("frozen encoders", before, frozen, out),
-        _score("after the contrastive stage, extracted anew", matched, contrastive, out),
-        _score("end to end with LoRA", [found.stages["segmentation"]], adapted, out),
-        _score("a new head on the cache of the adapted encoders", after, adapted, out),
+        _score("after the contrastive stage, extracted anew", between, matched, out),
+        _score("end to end with LoRA", [second.stages["segmentation"]], adapted, out),
+        _score("new heads on the cache of the adapted encoders", after, adapted, out),
     ]
     told = [step.to_dict() for step in steps]
     results = {
         "steps": told,
-        "finetuning": found.to_dict(),
+        "finetuning": {"contrastive": first.to_dict(), "segmentation": second.to_dict()},
         "seconds": watch.seconds,
     }
     pictures = before_and_after(frozen, api.load(before[0]), api.load(after[0]), "val")
-    page = write_finetune_report(found.run_dir, pictures, told)
+    pages = [write_finetune_report(first.run_dir, ()), write_finetune_report(second.run_dir, pictures, told)]
     atomic.write_json(out / "results.json", results)
     print()
     print(_table(steps))
-    print(f"\nreport: {page}")
+    print(f"\nreports: {pages[0]} (contrastive), {pages[1]} (segmentation, all steps)")
     return results
 
 
-def _train(
-    config: TrainConfig, cache: FeatureCache, out: Path, name: str, num_seeds: int, watch: Stopwatch
-) -> list[Training]:
+def _train(cache: FeatureCache, out: Path, name: str, num_seeds: int, watch: Stopwatch) -> list[Training]:
+    """The head of the segmentation stage, trained on a cache from nothing."""
+    config = FINETUNE_RECIPES[RECIPE].segmentation
+    assert config is not None
     runs = []
     for seed in range(num_seeds):
-        seeded = dataclasses.replace(config, seed=seed)
+        seeded = dataclasses.replace(config, seed=seed, epochs=EPOCHS)
         run = watch.time(f"train on {name}, seed {seed}", lambda: api.train(seeded, cache, out / "runs"))  # noqa: B023
         print(run.summary())
         runs.append(run)
