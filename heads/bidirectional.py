@@ -171,6 +171,9 @@ class BidirectionalHead(Head):
         no_target: gives a logit that there is nothing to mark.
     """
 
+    shows_attention: bool = False
+    """Say how much each cell looks at each word, for whoever looks at it; training has no use for it."""
+
     def __init__(
         self,
         *,
@@ -196,7 +199,9 @@ class BidirectionalHead(Head):
         self.no_target = no_target
 
     def forward(self, inputs: HeadInputs) -> HeadOutputs:
-        """(b, gh * 2 ** stages, gw * 2 ** stages) mask logits and (b, l, gh, gw) word attention of a (gh, gw) level."""
+        """(b, gh * 2 ** stages, gw * 2 ** stages) mask logits of a (gh, gw) level, and if it is to be shown its word
+        attention, (b, l, gh, gw).
+        """
         *finer, level = self.pyramid([inputs.features[layer] for layer in self.level_layers])
         height, width = level.shape[-2:]
         cells = self.to_cells(level).flatten(2).transpose(1, 2)
@@ -207,13 +212,17 @@ class BidirectionalHead(Head):
         for number, layer in enumerate(self.fusion):
             repeat = inputs.image_index if number == 0 else None
             cells, words, weights = layer(cells, words, inputs.prompt_mask, repeat)
-            looks.append(weights.mean(1))
-        attention = torch.stack(looks).mean(0)
+            if self.shows_attention:
+                looks.append(weights.mean(1))
+        attention = None
+        if self.shows_attention:
+            mean = torch.stack(looks).mean(0)
+            attention = mean.transpose(1, 2).reshape(*mean.shape[::2], height, width)
         fused = cells.transpose(1, 2).reshape(*cells.shape[::2], height, width)
         return HeadOutputs(
             self.decoder(fused, finer[::-1], inputs.image_index),
             no_target_logits=None if self.no_target is None else self.no_target(inputs.pooled, cells),
-            word_attention=attention.transpose(1, 2).reshape(*attention.shape[::2], height, width),
+            word_attention=attention,
         )
 
 

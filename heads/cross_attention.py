@@ -41,13 +41,30 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Attend to the context where `mask` is True, everywhere without one."""
+        query, key, value = self._project(queries, context)
+        bias = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.to_output(attended.transpose(1, 2).flatten(-2))
+
+    def with_weights(
+        self, queries: Float[Tensor, "b n d"], context: Float[Tensor, "b m e"], mask: Bool[Tensor, "b m"]
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n m"]]:
+        """The same, slower, and how much each query looks at what: a mean over heads, which sums to 1."""
+        query, key, value = self._project(queries, context)
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        weights = logits.masked_fill(~mask[:, None, None, :], float("-inf")).softmax(-1)
+        attended = weights.to(value.dtype) @ value
+        return self.to_output(attended.transpose(1, 2).flatten(-2)), weights.mean(1)
+
+    def _project(
+        self, queries: Float[Tensor, "b n d"], context: Float[Tensor, "b m e"]
+    ) -> tuple[Float[Tensor, "b k n c"], Float[Tensor, "b k m c"], Float[Tensor, "b k m c"]]:
+        """Queries, keys and values of each of k heads."""
         query, key, value = (
             projection(source).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, source in ((self.to_query, queries), (self.to_key, context), (self.to_value, context))
         )
-        bias = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.to_output(attended.transpose(1, 2).flatten(-2))
+        return query, key, value
 
 
 class FusionBlock(nn.Module):
@@ -60,10 +77,14 @@ class FusionBlock(nn.Module):
         self.attention = Attention(dim=dim, context_dim=dim, inner_dim=inner_dim, num_heads=num_heads)
 
     def forward(
-        self, tokens: Float[Tensor, "b n d"], prompt: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"]
-    ) -> Float[Tensor, "b n d"]:
-        """Image tokens that have taken up the prompt."""
-        return tokens + self.attention(self.query_norm(tokens), self.context_norm(prompt), mask)
+        self, tokens: Float[Tensor, "b n d"], prompt: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"], *, weigh: bool
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n l"] | None]:
+        """Image tokens that have taken up the prompt, and with `weigh` how much each looked at each prompt token."""
+        queries, context = self.query_norm(tokens), self.context_norm(prompt)
+        if weigh:
+            taken, weights = self.attention.with_weights(queries, context, mask)
+            return tokens + taken, weights
+        return tokens + self.attention(queries, context, mask), None
 
 
 class SelfAttentionBlock(nn.Module):
@@ -98,6 +119,9 @@ class CrossAttentionHead(Head):
         self_attention: put a self-attention block between the image tokens after every fusion block.
         upsample: side of the square of logits that each token gives.
     """
+
+    shows_attention: bool = False
+    """Say how much each image token looks at each prompt token, for whoever looks at it; training has no use for it."""
 
     def __init__(
         self,
@@ -136,7 +160,7 @@ class CrossAttentionHead(Head):
         )
 
     def forward(self, inputs: HeadInputs) -> HeadOutputs:
-        """(b, gh * upsample, gw * upsample) mask logits."""
+        """(b, gh * upsample, gw * upsample) mask logits, and if it is to be shown (b, l, gh, gw) word attention."""
         grids = torch.cat([inputs.features[layer] for layer in self.layers], dim=-1)
         height, width = grids.shape[1:3]
         tokens = self.image_projection(grids.flatten(1, 2))
@@ -146,10 +170,17 @@ class CrossAttentionHead(Head):
         for mix in self.image_mixing:
             tokens = mix(tokens)
         tokens = tokens.index_select(0, inputs.image_index)
+        looks = []
         for fuse, mix in zip(self.fusion, self.prompt_mixing, strict=True):
-            tokens = mix(fuse(tokens, prompt, inputs.prompt_mask))
+            tokens, weights = fuse(tokens, prompt, inputs.prompt_mask, weigh=self.shows_attention)
+            tokens = mix(tokens)
+            looks.append(weights)
         logits = self.to_logits(tokens).transpose(1, 2).unflatten(2, (height, width))
-        return HeadOutputs(F.pixel_shuffle(logits, self.upsample).squeeze(1))
+        attention = None
+        if self.shows_attention:
+            mean = torch.stack(looks).mean(0)
+            attention = mean.transpose(1, 2).reshape(*mean.shape[::2], height, width)
+        return HeadOutputs(F.pixel_shuffle(logits, self.upsample).squeeze(1), word_attention=attention)
 
 
 def sine_positions(height: int, width: int, dim: int) -> Float[Tensor, "n d"]:

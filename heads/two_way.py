@@ -39,6 +39,9 @@ class TwoWayHead(Head):
     initial_report: SamReport | None = None
     """What of a SAM checkpoint the head started from."""
 
+    shows_attention: bool = False
+    """Say where each prompt token looks, for whoever looks at it; training has no use for it."""
+
     def __init__(
         self,
         *,
@@ -60,13 +63,14 @@ class TwoWayHead(Head):
         self.token_projection = None if token_width is None else nn.Linear(token_width, dim)
 
     def forward(self, inputs: HeadInputs) -> HeadOutputs:
-        """(b, 4h, 4w) mask logits on the neck's grid of h x w, their IoU, and where the head has them no-target logits
-        and, if prompt tokens enter, the attention of each to the image.
+        """(b, 4h, 4w) mask logits on the neck's grid of h x w, their IoU, and where the head has them no-target logits;
+        if prompt tokens enter and attention is to be shown, that of each token to the image.
         """
         image = self.neck([inputs.features[layer] for layer in self.layers])
         positions = self.positions(image.shape[2], image.shape[3])
         prompt, mask = self._prompt(inputs)
-        decoded = self.decoder(image, positions, prompt, mask, inputs.image_index, weigh=mask is not None)
+        weigh = self.shows_attention and mask is not None
+        decoded = self.decoder(image, positions, prompt, mask, inputs.image_index, weigh=weigh)
         attention = decoded.attention
         if attention is not None:
             words = attention if self.pooled_projection is None else attention[:, 1:]

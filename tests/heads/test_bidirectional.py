@@ -188,6 +188,7 @@ def test_masks_are_as_many_times_finer_than_the_fused_level_as_stages_say() -> N
 def test_each_cell_shares_its_attention_among_the_words() -> None:
     head, shapes = build("as published")
     inputs = make_inputs(shapes)
+    head.shows_attention = True
     attention = head.eval()(inputs).word_attention
     assert attention is not None
     assert attention.shape == (8, max(LENGTHS), 4, 6)
@@ -244,6 +245,7 @@ def test_mask_and_attention_change_most_where_the_image_does() -> None:
     shapes = FeatureShapes({"3": (10, 24, 8), "4": (5, 12, 8)}, token_width=12, pooled_width=10)
     torch.manual_seed(0)
     head = build_bidirectional(shapes, **SMALL).eval()
+    head.shows_attention = True
     inputs = make_inputs(shapes, num_images=1, num_prompts=3)
     corner = inputs.features["3"].clone()
     corner[:, 0, 23] += 10
@@ -285,6 +287,7 @@ def test_only_positions_tell_the_cells_of_an_even_image_apart() -> None:
     def spread(positions: bool) -> Tensor:
         torch.manual_seed(0)
         head = build_bidirectional(shapes, **SMALL, positions=positions).eval()
+        head.shows_attention = True
         attention = head(inputs).word_attention
         assert attention is not None
         return attention[..., 5:-5, 5:-5].flatten(2).std(2).max()

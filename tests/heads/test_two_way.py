@@ -153,6 +153,7 @@ def test_not_even_a_nan_behind_a_prompt_is_seen() -> None:
 @pytest.mark.parametrize("text", ["tokens", "both"])
 def test_each_word_looks_at_the_whole_image_and_padding_at_nothing(text: str) -> None:
     head, inputs = build(text=text), make_inputs(VIT)
+    head.shows_attention = True
     seen = head(inputs).word_attention
     assert seen.shape == (8, 7, 5, 7)
     torch.testing.assert_close(seen.sum((2, 3)), inputs.prompt_mask.float())
@@ -161,6 +162,7 @@ def test_each_word_looks_at_the_whole_image_and_padding_at_nothing(text: str) ->
 
 def test_word_attention_is_that_of_the_words_and_a_mean_over_blocks() -> None:
     head, inputs = build(text="both", no_target=True, depth=2), make_inputs(VIT)
+    head.shows_attention = True
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         original = type(head.decoder.final_attention).look
@@ -179,7 +181,9 @@ def test_word_attention_is_that_of_the_words_and_a_mean_over_blocks() -> None:
 
 
 def test_a_pooled_prompt_has_no_words_to_show() -> None:
-    assert build()(make_inputs(VIT)).word_attention is None
+    head = build()
+    head.shows_attention = True
+    assert head(make_inputs(VIT)).word_attention is None
 
 
 def test_there_is_a_no_target_logit_only_where_it_was_asked_for() -> None:

@@ -166,6 +166,7 @@ def test_the_road_can_be_walked_command_by_command(tmp_path: Path, capsys: pytes
         "picture-1-the-red-circle.overlay.png",
         "picture-2-up-away.mask.png",
         "picture-2-up-away.overlay.png",
+        "predictions.json",
     ]
     for prediction in predicted["predictions"]:  # type: ignore[attr-defined]
         for picture in ("mask", "overlay"):
