@@ -15,11 +15,12 @@ from torch import Tensor
 
 from cache_schema.errors import UsageError
 from cache_schema.masks import Size
-from cache_schema.quantize import dequantize, float_dtype, quantize
+from cache_schema.quantize import float_dtype
 from cache_schema.views import WHOLE, View, make_view
 from evaluate.encode_once import EncodeOnce
 from evaluate.prompt_words import TokenWords, attention_of_words, find_words
 from evaluate.protocols import ORIGINAL_SIZE, Protocol
+from evaluate.rounding import as_cached
 from extract.encoders.protocols import ImageEncoder, ImageEncoding, TextEncoder
 from extract.images import (
     MAX_IMAGE_PIXELS,
@@ -258,9 +259,9 @@ class Predictor:
         pixels = torch.from_numpy(np.stack([one.pixels for one in prepared]))
         encoding, cls_dtype = encoder.encode(pixels.to(encoder.device)), float_dtype(self._image_dtype)
         kept = ImageEncoding(
-            {layer: _as_cached(grid, self._image_dtype) for layer, grid in encoding.features.items()},
-            {layer: _as_cached(token, cls_dtype) for layer, token in encoding.cls.items()},
-            {name: _as_cached(said, cls_dtype) for name, said in encoding.attention.items()},
+            {layer: as_cached(grid, self._image_dtype) for layer, grid in encoding.features.items()},
+            {layer: as_cached(token, cls_dtype) for layer, token in encoding.cls.items()},
+            {name: as_cached(said, cls_dtype) for name, said in encoding.attention.items()},
         )
         return [_SeenImage(_image_of(kept, row), one.view, one.size) for row, one in enumerate(prepared)]
 
@@ -270,8 +271,8 @@ class Predictor:
         encoder = self._text_encoder
         token_ids = encoder.tokenize(prompts)
         text = encoder.encode(token_ids)
-        tokens = _as_cached(text.tokens.masked_fill(~text.mask[..., None], 0), self._text_dtype)
-        pooled = _as_cached(text.pooled, self._text_dtype)
+        tokens = as_cached(text.tokens.masked_fill(~text.mask[..., None], 0), self._text_dtype)
+        pooled = as_cached(text.pooled, self._text_dtype)
         return [
             _ReadPrompt(prompt, tokens[row, : len(ids)], pooled[row], find_words(prompt, ids, encoder.tokenize))
             for row, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True))
@@ -327,11 +328,3 @@ def _image_of(encoding: ImageEncoding, row: int) -> ImageEncoding:
 
 def _stack(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([image[name] for image in images]) for name in images[0]}
-
-
-def _as_cached(values: Tensor, dtype: str) -> Tensor:
-    """Features as they come back from a cache of that data type."""
-    if dtype != "int8":
-        return values.to(getattr(torch, dtype))
-    tokens, scale = quantize(values.float().cpu().numpy())
-    return torch.from_numpy(dequantize(tokens, scale)).to(values.device)

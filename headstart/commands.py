@@ -14,11 +14,13 @@ from tyro.conf import Positional, arg
 from cache_schema.errors import UsageError
 from headstart.command import Command, Json, Place
 from headstart.evaluate_commands import EVALUATE_COMMANDS
+from headstart.export_commands import EXPORT_COMMANDS
 from headstart.extract_commands import Encoders, Extract, Plan
 from headstart.finetune_commands import FINETUNE_COMMANDS
 from headstart.predict_commands import PREDICT_COMMANDS
 from headstart.prepare_commands import PREPARE_COMMANDS
 from headstart.publish_commands import PUBLISH_COMMANDS
+from headstart.segment_commands import SEGMENT_COMMANDS
 from headstart.sweep_commands import Sweep
 
 RECIPE_NAMES = tuple("linear cross_attention juras pseg pseg-tokens clipseg film text-driven talk2dino".split())
@@ -128,6 +130,8 @@ COMMANDS: dict[str, type[Command]] = {
     "sweep": Sweep,
     **FINETUNE_COMMANDS,
     **EVALUATE_COMMANDS,
+    **SEGMENT_COMMANDS,
     **PREDICT_COMMANDS,
+    **EXPORT_COMMANDS,
     **PUBLISH_COMMANDS,
 }

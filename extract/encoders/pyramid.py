@@ -82,7 +82,7 @@ class Pyramid(nn.Module):
         for layer, number in self._layers.items():
             if layer == FINAL_LAYER and self._has_cls:
                 cls[layer] = last[:, 0]
-                features[layer] = last[:, 1:].reshape(len(last), *self.grids[layer])
+                features[layer] = last[:, 1:].reshape(last.shape[0], *self.grids[layer])
             else:
                 features[layer] = (last if layer == FINAL_LAYER else heard[number]).permute(0, 2, 3, 1)
         return ImageEncoding(features, cls)

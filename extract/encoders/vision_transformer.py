@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
         )
 
     def _as_grid(self, state: Float[Tensor, "i n d"]) -> Float[Tensor, "i gh gw d"]:
-        return state[:, self._num_prefix_tokens :].reshape(len(state), *self._grid, -1)
+        return state[:, self._num_prefix_tokens :].reshape(state.shape[0], *self._grid, -1)
 
     def _attend(
         self, logits: Float[Tensor, "i heads n"], last: Float[Tensor, "i m d"]
@@ -183,8 +183,8 @@ class VisionTransformer(nn.Module):
 def cut_into_patches(pixels: Float[Tensor, "i 3 h w"], patch: Size) -> Float[Tensor, "i n p"]:
     """The n patches of each image, row by row, each as the p = height x width x 3 values that NaFlex embeds."""
     (height, width), (rows, columns) = patch, (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1])
-    cells = pixels.reshape(len(pixels), -1, rows, height, columns, width).permute(0, 2, 4, 3, 5, 1)
-    return cells.reshape(len(pixels), rows * columns, -1)
+    cells = pixels.reshape(pixels.shape[0], -1, rows, height, columns, width).permute(0, 2, 4, 3, 5, 1)
+    return cells.reshape(pixels.shape[0], rows * columns, -1)
 
 
 def count_blocks(layers: Sequence[str], attention: Sequence[AttentionOutput], num_blocks: int) -> int:
