@@ -108,6 +108,15 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def cut(text: str, num_letters: int) -> str:
+    """The text, or as much of it as there is room for.
+
+    >>> cut("a prompt", 8), cut("a prompt", 6)
+    ('a prompt', 'a pro…')
+    """
+    return text if len(text) <= num_letters else f"{text[: num_letters - 1]}…"
+
+
 def short(value: float | int) -> str:
     """A number of any size in a few letters.
 
@@ -132,6 +141,16 @@ def number(value: float | int | None, digits: int = 3) -> str:
     ('0.500', '0.33')
     """
     return NO_NUMBER if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference of scores, with its sign; none where so many decimals show none.
+
+    >>> signed(0.5), signed(-1 / 3, 2), signed(-0.0001)
+    ('+0.500', '\N{MINUS SIGN}0.33', '0.000')
+    """
+    text = f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return text if text.strip("+\N{MINUS SIGN}0.") else text[1:]
 
 
 def in_seconds(value: float | int | None) -> str:

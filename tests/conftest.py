@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from extract.encoders.tiny import TinyEncoders
     from extract.job import Extraction
     from heads.runs import Training
+    from tests.browser import Browser
 
 NUM_IMAGES = 24
 PROMPTS_PER_IMAGE = 4
@@ -45,6 +46,15 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Debian's chromium, headless; whoever asks for it is skipped where there is none."""
+    from tests.browser import open_browser
+
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cache_schema.errors import UsageError
-from evaluate.metrics import Protocol, SampleScores, compute, score_mask
-from evaluate.report import HEADLINE_METRICS, Example, RunReport, write_report
+from evaluate.metrics import SampleScores, compute, score_mask
+from evaluate.protocols import PROTOCOLS, Protocol
+from evaluate.report import HEADLINE_METRICS, Example, PromptMasks, RunReport, SeveralPrompts, write_report
 from evaluate.report_plots import Line, draw_curves
 
 NASTY = """<script>alert("&")</script> 'https://example.org/x.png'"""
@@ -59,8 +60,11 @@ def make_results(runs):
 RUNS = [make_run("linear"), make_run("film", shift=6)]
 
 
-def write(tmp_path, runs=RUNS, notes=("The encoders are untrained.",), title="A title", **changes):
+def write(
+    tmp_path, runs=RUNS, notes=("The encoders are untrained.",), title="A title", runs_of_results=None, **changes
+):
     results = {**make_results(runs), **changes}
+    results["runs"] = runs_of_results or results["runs"]
     return write_report(tmp_path / "report.html", results, runs, notes, title).read_text(encoding="utf-8")
 
 
@@ -132,7 +136,8 @@ def test_title_notes_and_names_are_escaped_too(tmp_path):
 def test_all_sections_are_there_and_the_contents_lead_to_them(page):
     sections = [attrs["id"] for attrs in page.of("section")]
     assert sections == [
-        "results", "protocol", "slices", "training", "histograms", "examples", "time", "provenance", "glossary",
+        "results", "protocol", "slices", "lengths", "training", "histograms", "comparison", "examples", "time",
+        "provenance", "glossary",
     ]  # fmt: skip
     links = {attrs["href"] for attrs in page.of("a")}
     assert links == {f"#{section}" for section in sections}
@@ -150,7 +155,8 @@ def test_heads_that_do_not_beat_a_baseline_are_said_not_to(tmp_path):
 
 
 def test_the_headline_table_has_heads_then_baselines(page):
-    rows = [row for row in page.rows if row[0] in ("linear", "film", "all empty", "centre prior")]
+    rows = page.rows[1:6]
+    del rows[2]  # the name of the group
     assert [row[0] for row in rows] == ["linear", "film", "all empty", "centre prior"]
     assert rows[0][1] == "0.667"
     assert rows[0][-2:] == ["1.23 M", "60.0"]
@@ -173,8 +179,8 @@ def test_the_protocol_is_told_in_words(page):
 
 
 def test_another_resolution_is_named(tmp_path):
-    html = write(tmp_path, protocol=Protocol(resolution="352 x 352").to_dict())
-    assert "Masks are compared at 352 x 352, not at the original size" in html
+    html = write(tmp_path, protocol=Protocol(resolution="352x352").to_dict())
+    assert "Masks are compared at 352x352, not at the original size" in html
 
 
 def test_slices_show_samples_and_one_number_for_each_head(page):
@@ -196,15 +202,23 @@ def test_a_tag_with_many_values_shows_the_most_frequent(tmp_path):
     assert "6 more are in results.json" in page.text
 
 
+def test_a_very_long_value_of_a_tag_is_cut(tmp_path):
+    page = Page(write(tmp_path, [replace(RUNS[0], tags={"kind": ["x" * 5000] * 6})]))
+    assert max(len(cell) for row in page.rows for cell in row) <= 120
+    assert ["x" * 119 + "…", "6"] in [row[:2] for row in page.rows]
+
+
 def test_examples_come_best_median_worst_and_in_the_order_given(page):
     first = page.text[page.text.index("Examples The image") :]
     places = [first.index(text) for text in ("Best", NASTY, "“two”", "Around the median", "“mid”", "Worst", "“last”")]
     assert places == sorted(places)
 
 
-def test_only_the_first_heads_examples_are_open(page):
-    opened = ["open" in attrs for attrs in page.of("details")]
-    assert opened == [True, False]
+def test_only_what_is_long_and_of_the_first_head_is_open(html):
+    examples = html[html.index('<section id="examples">') :]
+    assert re.findall(r"<details[^>]*>", examples) == ["<details open>", "<details>"]
+    words = html[html.index('<section id="lengths">') : html.index('<section id="training">')]
+    assert re.findall(r"<details[^>]*>", words) == ["<details>"]
 
 
 def test_every_picture_has_a_size_and_says_what_it_shows(page):
@@ -224,6 +238,100 @@ def test_ids_are_unique_and_every_reference_has_its_target(html, page):
     assert len(ids) == len(set(ids))
     assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
     assert {attrs["xlink:href"][1:] for attrs in page.of("use")} <= set(ids)
+
+
+def test_intervals_stand_below_the_numbers_they_belong_to(tmp_path, page):
+    runs = make_results(RUNS)["runs"]
+    runs[0]["intervals"] = {"mean_iou": [0.61, 0.7251], "p_at_0.5": [0, 1.0], "dice": [None, None]}
+    shown = Page(write(tmp_path, runs_of_results=runs))
+    plain, row = page.rows[1], shown.rows[1]
+    assert row[1] == f"{plain[1]}.610\N{EN DASH}.725"
+    assert row[3] == f"{plain[3]}.000\N{EN DASH}1.000"
+    assert row[2] == plain[2], "no interval was given"
+    assert row[6] == plain[6], "one without ends is none"
+    assert shown.rows[2] == page.rows[2], "the other head has none"
+    assert "Below each number stands its interval" in shown.text
+    assert "Below each number" not in page.text
+
+
+def test_how_intervals_were_made_is_told(tmp_path):
+    runs = [{**run, "intervals": {"mean_iou": [0.5, 0.6]}} for run in make_results(RUNS)["runs"]]
+    bootstrap = {"level": 0.9, "num_replicates": 1000, "num_images": 24, "seed": 0}
+    text = Page(write(tmp_path, runs_of_results=runs, bootstrap=bootstrap)).text
+    assert "stands its 90 % interval, from 1,000 bootstrap replicates over 24 images" in text
+
+
+def test_the_metrics_a_protocol_shows_first_come_first_and_decide(tmp_path, page):
+    assert page.rows[0][1:7] == ["Mean IoU", "Overall IoU", "P@0.5", "P@0.7", "P@0.9", "Dice"]
+    gref = Page(write(tmp_path, protocol=PROTOCOLS["gref"].to_dict(), baselines={}))
+    assert gref.rows[0][1:5] == ["gIoU", "cIoU", "N-acc", "T-acc"]
+    assert "Mean IoU" in gref.rows[0]
+    best = max(compute((run.scores,))["giou"] for run in RUNS)
+    assert f"reaches a gIoU of {best:.3f}" in gref.text
+
+
+def test_how_masks_are_resized_is_told_with_the_resolution(tmp_path):
+    text = Page(write(tmp_path, protocol=PROTOCOLS["resized-480"].to_dict())).text
+    assert "Masks are compared at 480x480, not at the original size" in text
+    assert f"How the truth is resized: {PROTOCOLS['resized-480'].truth_resize}." in text
+
+
+def test_the_number_of_words_has_its_own_means(page):
+    iou = RUNS[0].scores.iou
+    assert ["1", "2", f"{(iou[0] + iou[5]) / 2:.3f}", f"{RUNS[1].scores.iou[[0, 5]].mean():.3f}"] in page.rows
+    assert ["4", "1", f"{iou[4]:.3f}", f"{RUNS[1].scores.iou[4]:.3f}"] in page.rows
+
+
+def test_only_heads_that_predict_their_iou_are_calibrated(tmp_path, page):
+    assert "calibration" not in {attrs["id"] for attrs in page.of("section")}
+    said = [0.2, 0.4, 0.6, 0.8, 1.2, float("nan")]
+    shown = Page(write(tmp_path, [RUNS[0], replace(RUNS[1], predicted_iou=said)]))
+    assert "calibration" in {attrs["id"] for attrs in shown.of("section")}
+    (row,) = [row for row in shown.rows if len(row) == 6 and row[0] in ("linear", "film")]
+    achieved = RUNS[1].scores.iou[:5]
+    assert row[:3] == ["film", "0.600", f"{achieved.mean():.3f}"]
+    assert float(row[4]) == pytest.approx(np.corrcoef([0.2, 0.4, 0.6, 0.8, 1], achieved)[0, 1], abs=0.006)
+    assert "1 predictions are no finite numbers" in shown.text
+
+
+def test_as_many_predicted_ious_are_wanted_as_samples(tmp_path):
+    with pytest.raises(ValueError, match="2 predicted IoUs for 6 samples"):
+        write(tmp_path, [replace(RUNS[0], predicted_iou=[0.1, 0.2])])
+
+
+def test_the_best_head_stands_against_the_others_sample_by_sample(page):
+    best, other = (run.scores.iou for run in RUNS)
+    shares = [np.mean(best > other), np.mean(best == other), np.mean(best < other)]
+    assert ["film", f"{np.mean(best - other):+.3f}", *(f"{share:.1%}" for share in shares)] in page.rows
+    no_target = best[5] - other[5]
+    assert ["no target", "1", f"{no_target:+.3f}"] in page.rows
+    assert ["attribute", "2", "0.000"] in page.rows, "equal heads differ by nothing, without a sign"
+
+
+def test_the_best_head_is_the_one_compared_wherever_it_stands(tmp_path):
+    page = Page(write(tmp_path, RUNS[::-1]))
+    assert "linear has the highest mean IoU" in page.text
+    assert [row[0] for row in page.rows if len(row) == 5 and row[-1].endswith("%") and row[0] != "Against"] == ["film"]
+
+
+def test_one_head_is_compared_with_nothing(tmp_path):
+    assert "comparison" not in {attrs["id"] for attrs in Page(write(tmp_path, RUNS[:1])).of("section")}
+
+
+def test_heads_scored_on_other_samples_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="not scored on the same samples"):
+        write(tmp_path, [RUNS[0], replace(RUNS[1], prompts=[*RUNS[1].prompts[:5], "another"])])
+
+
+def test_several_prompts_of_an_image_stand_beside_it(tmp_path, page):
+    assert "several" not in {attrs["id"] for attrs in page.of("section")}
+    asked = [PromptMasks(prompt, mask(20), mask(width), 0.5) for prompt, width in (("first", 3), (NASTY, 9))]
+    html = write(tmp_path, [replace(RUNS[0], several=[SeveralPrompts(IMAGE, asked)]), RUNS[1]])
+    shown = Page(html[html.index('<section id="several">') : html.index('<section id="time">')])
+    assert shown.text.index("“first”") < shown.text.index(f"“{NASTY}”")
+    assert len(shown.of("img")) == 1 + 2 * 2
+    assert len(shown.of("details")) == 1, "the other head has no such image"
+    assert NASTY not in html
 
 
 def test_stages_and_provenance_are_listed(page):
