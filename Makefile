@@ -29,6 +29,8 @@ bench:
 	$(BENCH_PYTHON) -m benchmarks.prepare --json build/prepare.json
 	$(BENCH_PYTHON) -m benchmarks.train --json build/train.json
 	$(BENCH_PYTHON) -m benchmarks.finetune --json build/finetune.json
+	$(BENCH_PYTHON) -m benchmarks.pamr --json build/pamr.json
+	$(BENCH_PYTHON) -m benchmarks.evaluate --json build/evaluate.json
 
 # The stamp is written last, so an installation that was cut short starts again.
 $(STAMP): pyproject.toml constraints.txt

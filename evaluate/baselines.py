@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import repeat
 
 import numpy as np
 from jaxtyping import Bool
 
-from cache_schema.masks import Size, decode_mask
-from evaluate.metrics import Metrics, State, compute, score_mask, update
+from cache_schema.masks import Size
+from evaluate.metrics import Metrics, State, compute, score_counts, update
+from evaluate.protocols import ORIGINAL_SIZE, Protocol
+from evaluate.scoring import Truth, resize_nearest
 
 
 def all_empty(size: Size) -> Bool[np.ndarray, "h w"]:
@@ -41,13 +44,17 @@ BASELINES: dict[str, Callable[[Size], Bool[np.ndarray, "h w"]]] = {
 
 
 def score_baselines(
-    targets: Iterable[tuple[bytes, Size]], no_target: Iterable[bool | np.bool_], ignored: Iterable[bytes] | None = None
+    targets: Iterable[tuple[bytes, Size]],
+    no_target: Iterable[bool | np.bool_],
+    ignored: Iterable[bytes] | None = None,
+    protocol: Protocol = ORIGINAL_SIZE,
 ) -> dict[str, Metrics]:
-    """Metrics of every baseline over a stream of truths, one mask in memory at a time.
+    """Metrics of every baseline over a stream of truths, one truth in memory at a time.
 
     `targets` yields the COCO counts of a truth and its size (H, W), `no_target` one flag for each of them. A baseline
     has no no-target output, so it says "no target" where it marks fewer pixels than the protocol asks for. `ignored`
-    yields the counts of pixels that are not scored, b"" for none.
+    yields the counts of pixels that are not scored, b"" for none. Where the protocol lays a grid on every image, the
+    baselines are drawn on the grid.
 
     Raises:
         ValueError: there are more targets than flags, or the other way round.
@@ -56,8 +63,33 @@ def score_baselines(
     states: dict[str, State] = dict.fromkeys(BASELINES, ())
     left_out = repeat(b"") if ignored is None else iter(ignored)
     for (counts, size), absent in zip(targets, no_target, strict=True):
-        truth, unlabelled = decode_mask(counts, size), next(left_out)
-        scored = ~decode_mask(unlabelled, size) if unlabelled else np.True_
-        for name, predict in BASELINES.items():
-            states[name] = update(states[name], score_mask(predict(size) & scored, truth & scored, no_target=absent))
+        target, scored = Truth(counts, size, ignored=next(left_out)).masks()
+        area_px = np.array([np.count_nonzero(target)], np.int64)
+        if protocol.grid is not None:
+            target = resize_nearest(target, protocol.grid)
+            scored = None if scored is None else resize_nearest(scored, protocol.grid)
+        target_px = np.array([np.count_nonzero(target)], np.int64)
+        for name in BASELINES:
+            predicted = _draw(name, target.shape)
+            if scored is not None:
+                predicted = predicted & scored
+            scores = score_counts(
+                np.array([np.count_nonzero(predicted & target)], np.int64),
+                np.array([np.count_nonzero(predicted)], np.int64),
+                target_px,
+                area_px=area_px,
+                no_target=np.array([absent], np.bool_),
+                predicted_no_target=None,
+                protocol=protocol,
+            )
+            states[name] = update(states[name], scores)
     return {name: compute(state) for name, state in states.items()}
+
+
+@lru_cache(maxsize=16)
+def _draw(name: str, size: tuple[int, ...]) -> Bool[np.ndarray, "h w"]:
+    """A baseline's mask, column by column as truths are decoded; many images have one size."""
+    height, width = size
+    mask = np.asfortranarray(BASELINES[name]((height, width)))
+    mask.flags.writeable = False
+    return mask

@@ -18,7 +18,8 @@ from cache_schema.features import FeatureCache
 from evaluate.baselines import score_baselines
 from evaluate.evaluation import Evaluation, evaluate_run
 from evaluate.head_cost import describe_machine, measure_cost
-from evaluate.metrics import ORIGINAL_SIZE, Metrics, Protocol, slice_metrics
+from evaluate.metrics import Metrics, slice_metrics
+from evaluate.protocols import ORIGINAL_SIZE, Protocol
 from heads.runs import read_history, read_run_config, read_training
 
 RANKED_BY = "mean_iou"
@@ -105,6 +106,7 @@ def make_leaderboard(
             ((samples.targets[row], samples.size_of(row)) for row in rows),
             (samples.no_target[row] for row in rows),
             (samples.ignored[row] for row in rows) if samples.ignored else None,
+            protocol,
         ),
         "budget": {
             **shared,

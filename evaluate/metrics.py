@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Shaped
 
 from cache_schema.errors import UsageError
+from evaluate.protocols import ORIGINAL_SIZE, Protocol
 
 Metrics = dict[str, float | int | None]
 """Metric name -> value. None means that the metric does not apply: there was nothing to divide by."""
 
 PRECISION_TENTHS = (5, 6, 7, 8, 9)
 """The k of P@k, in tenths."""
+
+TARGET_PRECISION_TENTHS = (7, 8, 9)
+"""The k of P@k over the samples with a target, as gRefCOCO has it."""
 
 PROMPT_LENGTHS = ("1-2", "3-4", "5-7", "8+")
 """Buckets of a prompt's length in words."""
@@ -33,41 +36,18 @@ SLICE_METRICS = ("mean_iou", "overall_iou", "median_iou", "p_at_0.5", "num_sampl
 _SMALL_PX, _MEDIUM_PX = 32**2, 96**2
 
 
-@dataclass(frozen=True, slots=True)
-class Protocol:
-    """How masks are made and compared. It is written beside every number, so that nobody asks which IoU it is.
-
-    A head without a no-target output is taken to say "no target" where it marks fewer than `no_target_px` pixels.
-    """
-
-    name: str = "original-size"
-    version: int = 1
-    resolution: str = "original"
-    threshold: float = 0.5
-    comparison: Literal[">", ">="] = ">"
-    empty_union: str = "an empty prediction of an empty truth counts as IoU 1"
-    sentence_policy: str = "every sentence is a sample"
-    no_target_px: int = 50
-
-    def binarize(self, probability: Float[np.ndarray, "*axes"]) -> Bool[np.ndarray, "*axes"]:
-        """Turn probabilities in [0, 1] into a mask of the same shape."""
-        return probability > self.threshold if self.comparison == ">" else probability >= self.threshold
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-ORIGINAL_SIZE = Protocol()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleScores:
-    """What is kept of S samples: their pixel counts and whether there was, and was said to be, no target."""
+    """What is kept of S samples: their pixel counts and whether there was, and was said to be, no target.
+
+    Counts are taken at the protocol's resolution; `area_px` is the truth's at the image's original size.
+    """
 
     intersection_px: Int64[np.ndarray, " S"]
     union_px: Int64[np.ndarray, " S"]
     predicted_px: Int64[np.ndarray, " S"]
     target_px: Int64[np.ndarray, " S"]
+    area_px: Int64[np.ndarray, " S"]
     no_target: Bool[np.ndarray, " S"]
     predicted_no_target: Bool[np.ndarray, " S"]
 
@@ -83,11 +63,15 @@ class SampleScores:
     @property
     def iou(self) -> Float[np.ndarray, " S"]:
         """Intersection over union of each sample, in float64; an empty union counts as 1."""
-        return _ratios(self.intersection_px, self.union_px)
+        return _divide(self.intersection_px, self.union_px)
 
     def select(self, mask: Bool[np.ndarray, " S"]) -> SampleScores:
         """Keep the samples where `mask` holds."""
-        return SampleScores(**{column.name: getattr(self, column.name)[mask] for column in fields(self)})
+        return self.take(np.flatnonzero(mask))
+
+    def take(self, places: Int64[np.ndarray, " T"]) -> SampleScores:
+        """Some of these samples, in that order."""
+        return SampleScores(**{column.name: getattr(self, column.name)[places] for column in fields(self)})
 
     def __len__(self) -> int:
         return len(self.union_px)
@@ -111,19 +95,47 @@ def score_mask(
     """
     if predicted.shape != truth.shape:
         raise ValueError(f"the prediction is {predicted.shape} and the truth {truth.shape}: resize the prediction")
-    intersection_px = np.count_nonzero(predicted & truth)
-    predicted_px, target_px = np.count_nonzero(predicted), np.count_nonzero(truth)
-    if no_target and target_px:
-        raise ValueError(f"a no-target truth has no pixels, this one has {target_px}: mend the sample's target or flag")
-    if predicted_no_target is None:
-        predicted_no_target = bool(predicted_px < protocol.no_target_px)
-    return SampleScores(
-        intersection_px=np.array([intersection_px], np.int64),
-        union_px=np.array([predicted_px + target_px - intersection_px], np.int64),
-        predicted_px=np.array([predicted_px], np.int64),
-        target_px=np.array([target_px], np.int64),
+    counts = np.count_nonzero(predicted & truth), np.count_nonzero(predicted), np.count_nonzero(truth)
+    intersection_px, predicted_px, target_px = np.array([counts], np.int64).T
+    return score_counts(
+        intersection_px,
+        predicted_px,
+        target_px,
+        area_px=target_px,
         no_target=np.array([no_target], np.bool_),
-        predicted_no_target=np.array([predicted_no_target], np.bool_),
+        predicted_no_target=None if predicted_no_target is None else np.array([predicted_no_target], np.bool_),
+        protocol=protocol,
+    )
+
+
+def score_counts(
+    intersection_px: Int64[np.ndarray, " S"],
+    predicted_px: Int64[np.ndarray, " S"],
+    target_px: Int64[np.ndarray, " S"],
+    *,
+    area_px: Int64[np.ndarray, " S"],
+    no_target: Bool[np.ndarray, " S"],
+    predicted_no_target: Bool[np.ndarray, " S"] | None,
+    protocol: Protocol,
+) -> SampleScores:
+    """The scores of samples whose pixels are counted already, see `score_mask`.
+
+    Raises:
+        ValueError: a no-target truth has pixels.
+    """
+    if (wrong := no_target & (area_px > 0)).any():
+        num_px = int(area_px[wrong][0])
+        raise ValueError(f"a no-target truth has no pixels, this one has {num_px}: mend the sample's target or flag")
+    if predicted_no_target is None:
+        predicted_no_target = predicted_px < protocol.no_target_px
+    return SampleScores(
+        intersection_px=intersection_px,
+        union_px=predicted_px + target_px - intersection_px,
+        predicted_px=predicted_px,
+        target_px=target_px,
+        area_px=area_px,
+        no_target=no_target,
+        predicted_no_target=predicted_no_target,
     )
 
 
@@ -148,7 +160,7 @@ def compute(state: State) -> Metrics:
     - `p_at_0.5` ... `p_at_0.9`: share of samples with I/U >= k, compared in whole numbers.
     - `dice`: mean of 2I/(P+G). `precision`: sum of I / sum of P. `recall`: sum of I / sum of G.
 
-    As gRefCOCO defines them, from the no-target decision:
+    As gRefCOCO defines them (GRES, Liu et al. 2023), from the no-target decision:
 
     - `giou`, `ciou`: mean_iou and overall_iou, but a no-target truth that is recognised gives IoU 1 and adds nothing
       to I or U; one where a mask is predicted gives IoU 0 and adds P to U; a target taken for none gives IoU 0, adds
@@ -164,38 +176,57 @@ def compute(state: State) -> Metrics:
     scores = SampleScores.concatenate(state)
     if not len(scores):
         raise UsageError("there is no sample to score: choose a split that has samples")
-    overlap, union = scores.intersection_px, scores.union_px
-    intersection_px = int(overlap.sum())
-    metrics: Metrics = {
-        "mean_iou": _mean(scores.iou),
-        "overall_iou": _share(intersection_px, int(union.sum()), empty=1.0),
-        "median_iou": float(np.median(scores.iou)),
-    }
-    for tenths in PRECISION_TENTHS:
-        metrics[f"p_at_0.{tenths}"] = _mean(_reaches(overlap, union, tenths))
-    metrics["dice"] = _mean(_ratios(2 * overlap, scores.predicted_px + scores.target_px))
-    metrics["precision"] = _share(intersection_px, int(scores.predicted_px.sum()))
-    metrics["recall"] = _share(intersection_px, int(scores.target_px.sum()))
-    return {**metrics, **_generalised(scores), "num_samples": len(scores)}
+    metrics: Metrics = {name: ratio.value for name, ratio in metric_ratios(scores).items()}
+    return {**metrics, "median_iou": float(np.median(scores.iou)), "num_samples": len(scores)}
 
 
-def _generalised(scores: SampleScores) -> Metrics:
-    """The gRefCOCO metrics (GRES, Liu et al. 2023)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Ratio:
+    """A metric as the sum of S parts over the sum of S wholes; `empty` where the wholes add up to nothing."""
+
+    part: Shaped[np.ndarray, " S"]
+    whole: Int64[np.ndarray, " S"]
+    empty: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The metric. It depends on no order: whole numbers are added as such, others rounded once, after the sum."""
+        whole = int(self.whole.sum())
+        if not whole:
+            return self.empty
+        return (math.fsum(self.part.tolist()) if self.part.dtype.kind == "f" else int(self.part.sum())) / whole
+
+
+def metric_ratios(scores: SampleScores) -> dict[str, Ratio]:
+    """Every metric of `compute` that is a ratio of sums over samples: all but the median."""
+    overlap, union, predicted, target = (
+        scores.intersection_px,
+        scores.union_px,
+        scores.predicted_px,
+        scores.target_px,
+    )
+    one = np.ones(len(scores), np.int64)
+    dice = _divide(2 * overlap, predicted + target)
     absent, said_absent = scores.no_target, scores.predicted_no_target
-    either = absent | said_absent
-    intersection_px = np.where(either, 0, scores.intersection_px)
-    union_px = np.where(absent, np.where(said_absent, 0, scores.predicted_px), scores.union_px)
-    num_absent, num_present = np.count_nonzero(absent), np.count_nonzero(~absent)
-    metrics: Metrics = {
-        "giou": _mean(np.where(either, (absent & said_absent).astype(np.float64), scores.iou)),
-        "ciou": _share(int(intersection_px.sum()), int(union_px.sum()), empty=1.0),
-        "n_acc": _share(np.count_nonzero(absent & said_absent), num_absent),
-        "t_acc": _share(np.count_nonzero(~either), num_present),
+    either, present = absent | said_absent, (~absent).astype(np.int64)
+    generalised = np.where(either, (absent & said_absent).astype(np.float64), scores.iou)
+    counted_union = np.where(absent, np.where(said_absent, 0, predicted), union)
+    return {
+        "mean_iou": Ratio(scores.iou, one),
+        "overall_iou": Ratio(overlap, union, empty=1.0),
+        **{f"p_at_0.{tenths}": Ratio(_reaches(overlap, union, tenths), one) for tenths in PRECISION_TENTHS},
+        "dice": Ratio(dice, one),
+        "precision": Ratio(overlap, predicted),
+        "recall": Ratio(overlap, target),
+        "giou": Ratio(generalised, one),
+        "ciou": Ratio(np.where(either, 0, overlap), counted_union, empty=1.0),
+        "n_acc": Ratio(absent & said_absent, absent.astype(np.int64)),
+        "t_acc": Ratio(~either, present),
+        **{
+            f"target_p_at_0.{tenths}": Ratio(~either & _reaches(overlap, union, tenths), present)
+            for tenths in TARGET_PRECISION_TENTHS
+        },
     }
-    for tenths in PRECISION_TENTHS[2:]:
-        hits = ~either & _reaches(scores.intersection_px, scores.union_px, tenths)
-        metrics[f"target_p_at_0.{tenths}"] = _share(np.count_nonzero(hits), num_present)
-    return metrics
 
 
 def slice_metrics(scores: SampleScores, tags: Mapping[str, Sequence[str | None]]) -> dict[str, dict[str, Metrics]]:
@@ -236,7 +267,7 @@ def standard_tags(scores: SampleScores, prompts: Sequence[str]) -> dict[str, lis
     """The slices that every dataset has: "prompt_length" and "object_size", one value for each sample."""
     return {
         "prompt_length": [prompt_length(prompt) for prompt in prompts],
-        "object_size": [object_size(int(area)) for area in scores.target_px],
+        "object_size": [object_size(int(area)) for area in scores.area_px],
     }
 
 
@@ -265,7 +296,7 @@ def object_size(target_px: int) -> str:
     return "medium" if target_px < _MEDIUM_PX else "large"
 
 
-def _ratios(numerator: Int64[np.ndarray, " S"], denominator: Int64[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
+def _divide(numerator: Int64[np.ndarray, " S"], denominator: Int64[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
     """Divide, with 0 / 0 = 1."""
     ratios = np.ones(len(denominator))
     np.divide(numerator, denominator, out=ratios, where=denominator > 0)
@@ -278,13 +309,3 @@ def _reaches(
     """Where I/U >= tenths/10. In whole numbers, so equality is exact; an empty union reaches every k."""
     reached: np.ndarray = 10 * intersection_px >= tenths * union_px
     return reached
-
-
-def _mean(values: Shaped[np.ndarray, " S"]) -> float:
-    # fsum rounds once, after the exact sum: the order of the samples cannot show.
-    return math.fsum(values.tolist()) / len(values)
-
-
-def _share(part: int | np.integer, whole: int | np.integer, empty: float | None = None) -> float | None:
-    # numpy counts in its own integers; JSON takes Python's.
-    return int(part) / int(whole) if whole else empty

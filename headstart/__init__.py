@@ -9,9 +9,9 @@ mask = headstart.load(run).set_image("photo.jpg").predict("the red circle")[0].m
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headstart.api import evaluate, load, open_cache, train
+    from headstart.api import compare, evaluate, finetune, load, open_cache, train, train_heads
 
-__all__ = ["evaluate", "load", "open_cache", "train"]
+__all__ = ["compare", "evaluate", "finetune", "load", "open_cache", "train", "train_heads"]
 
 
 def __getattr__(name: str) -> Any:

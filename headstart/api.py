@@ -9,9 +9,11 @@ from typing import Any
 from cache_schema.atomic import StorePath, parse_path
 from cache_schema.errors import UsageError
 from cache_schema.features import FeatureCache
+from evaluate.comparison import compare_runs
 from evaluate.evaluation import evaluate_runs
 from evaluate.finetune_report import BeforeAfter, before_and_after, write_finetune_report
 from evaluate.predictor import Predictor
+from evaluate.protocols import ORIGINAL_SIZE, Protocol, find_protocol
 from extract.job import pick_device
 from heads.checkpoint import load_head
 from heads.finetune import FinetuneConfig, Finetuning
@@ -155,20 +157,24 @@ def evaluate(
     cache: FeatureCache | None = None,
     *,
     split: str = "val",
+    protocol: str | Protocol = ORIGINAL_SIZE,
     out: Path | str | None = None,
+    coco_results: Path | str | None = None,
     seconds: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Score runs at the images' original sizes and leave `results.json` and `report.html`.
+    """Score runs, by default at the images' original sizes, and leave `results.json`, `samples.csv` and `report.html`.
 
     Args:
         cache: by default the one the first run was trained on.
-        out: where the report goes; by default the first run's folder.
+        protocol: how masks are made and compared, or the name of one of `evaluate.protocols.PROTOCOLS`.
+        out: where all that goes; by default the first run's folder.
+        coco_results: a .json file for the masks of the only run as COCO results.
 
     Returns:
         The object in results.json.
 
     Raises:
-        UsageError: a folder is no finished run, or the stores do not match.
+        UsageError: a folder is no finished run, the protocol is unknown, or the stores do not match.
     """
     listed = [runs] if isinstance(runs, Training | Path | str) else list(runs)
     run_dirs = [_run_dir(run) for run in listed]
@@ -176,8 +182,53 @@ def evaluate(
         read_run_config(run_dir)
     if cache is None:
         cache = stores_of_run(run_dirs[0]).open()
-    place, notes = Path(out) if out else run_dirs[0], notes_on_encoders(cache)
-    return evaluate_runs(run_dirs, cache, place, split=split, notes=notes, seconds=seconds)
+    return evaluate_runs(
+        run_dirs,
+        cache,
+        Path(out) if out else run_dirs[0],
+        split=split,
+        protocol=find_protocol(protocol) if isinstance(protocol, str) else protocol,
+        coco_results=None if coco_results is None else Path(coco_results),
+        notes=notes_on_encoders(cache),
+        seconds=seconds,
+    )
+
+
+def compare(
+    first: RunLike,
+    second: RunLike,
+    cache: FeatureCache | None = None,
+    *,
+    split: str = "val",
+    protocol: str | Protocol = ORIGINAL_SIZE,
+    out: Path | str = "comparison",
+) -> dict[str, Any]:
+    """Score two runs on the same samples and leave `comparison.json`, `comparison.html` and `samples.csv`.
+
+    Args:
+        cache: by default the one each was trained on; their encoders may differ, the samples may not.
+        protocol: see `evaluate`.
+
+    Returns:
+        The object in comparison.json: what the second run is more than the first.
+
+    Raises:
+        UsageError: a folder is no finished run, or the protocol is unknown.
+        StoreMismatchError: the runs are not of the same samples.
+    """
+    run_dirs = _run_dir(first), _run_dir(second)
+    for run_dir in run_dirs:
+        read_run_config(run_dir)
+    of_first, of_second = (stores_of_run(run_dir).open() if cache is None else cache for run_dir in run_dirs)
+    notes = dict.fromkeys([*notes_on_encoders(of_first), *notes_on_encoders(of_second)])
+    return compare_runs(
+        *run_dirs,
+        (of_first, of_second),
+        Path(out),
+        split=split,
+        protocol=find_protocol(protocol) if isinstance(protocol, str) else protocol,
+        notes=list(notes),
+    )
 
 
 def load(run: RunLike, *, checkpoint: str = "best", device: str = "auto") -> Predictor:

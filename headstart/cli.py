@@ -96,7 +96,9 @@ def _run(command: Command) -> int:
     _quiet_libraries()
     try:
         _require_own_evaluate()
-        with _stopped_by_sigterm(), contextlib.redirect_stdout(sys.stderr if command.json else sys.stdout):
+        with _stopped_by_sigterm(), _one_of_several_processes(), contextlib.ExitStack() as stack:
+            quiet = None if _speaks() else stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(quiet or (sys.stderr if command.json else sys.stdout)))
             result = command.run()
     except UsageError as mistake:
         print(f"headstart: {printable(str(mistake))}", file=sys.stderr)
@@ -125,9 +127,23 @@ def _run(command: Command) -> int:
             return _report_fault()
         print(f"headstart: a remote store cannot be reached ({error}); mend address or credentials.", file=sys.stderr)
         return MISTAKE
-    if command.json:
+    if command.json and _speaks():
         print(json.dumps(result, indent=1, sort_keys=True))
     return WANTING if isinstance(result, Wanting) else DONE
+
+
+def _speaks() -> bool:
+    """Of several processes of one command (torchrun, `accelerate launch`) the first prints the result."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _one_of_several_processes() -> Iterator[None]:
+    """Leave the group of processes at the end: one that is still in it as Python shuts down may abort."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class Terminated(KeyboardInterrupt):

@@ -21,6 +21,7 @@ from headstart.predict_commands import PREDICT_COMMANDS
 from headstart.prepare_commands import PREPARE_COMMANDS
 from headstart.publish_commands import PUBLISH_COMMANDS
 from headstart.segment_commands import SEGMENT_COMMANDS
+from headstart.serve_commands import SERVE_COMMANDS
 from headstart.sweep_commands import Sweep
 
 RECIPE_NAMES = tuple("linear cross_attention juras pseg pseg-tokens clipseg film text-driven talk2dino".split())
@@ -132,6 +133,7 @@ COMMANDS: dict[str, type[Command]] = {
     **EVALUATE_COMMANDS,
     **SEGMENT_COMMANDS,
     **PREDICT_COMMANDS,
+    **SERVE_COMMANDS,
     **EXPORT_COMMANDS,
     **PUBLISH_COMMANDS,
 }

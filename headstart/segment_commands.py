@@ -143,7 +143,7 @@ class _Pictured:
     """Picture to look at."""
     classes: str
     """Names of classes with commas between them; _ stands for a blank, as in traffic_sign."""
-    out: Path
+    out: Path = Path("map.png")
     """PNG file to write."""
 
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
+import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from pycocotools import mask as coco_mask
+from torch import nn
 
 from cache_schema.errors import StoreMismatchError, UsageError
 from cache_schema.features import FeatureCache
-from evaluate.evaluation import evaluate_run, evaluate_runs
+from evaluate import split_scores
+from evaluate.evaluation import evaluate_run, evaluate_runs, predict_rows
+from evaluate.metrics import SampleScores, object_size, score_mask
+from evaluate.protocols import PROTOCOLS
+from evaluate.split_scores import score_split
 from heads.checkpoint import load_head
 from heads.data import CachedSplit, Draw
+from heads.inputs import Head, HeadInputs, HeadOutputs
 from heads.runs import Training
 
 
@@ -76,3 +93,191 @@ def test_a_folder_that_is_no_run_is_refused(feature_cache: FeatureCache, tmp_pat
 def test_an_unknown_split_is_refused_with_the_known_ones(run: Training, feature_cache: FeatureCache) -> None:
     with pytest.raises(UsageError, match="Known: test, train, val"):
         evaluate_run(run.run_dir, feature_cache, "validation")
+
+
+def columns_of(scores: SampleScores) -> dict[str, list[int]]:
+    return {column.name: getattr(scores, column.name).tolist() for column in dataclasses.fields(scores)}
+
+
+def test_counts_are_to_the_pixel_those_of_the_masks_in_the_pictures(run: Training, feature_cache: FeatureCache) -> None:
+    evaluation = evaluate_run(run.run_dir, feature_cache, "val")
+    predicted = predict_rows(evaluation.head, feature_cache, "val", evaluation.samples)
+    samples = feature_cache.samples.samples
+    plain = [
+        score_mask(predicted[row].mask, samples.target(row), no_target=samples.no_target[row])
+        for row in evaluation.samples.tolist()
+    ]
+    assert columns_of(evaluation.scores) == columns_of(SampleScores.concatenate(plain))
+
+
+def test_neither_the_batch_nor_the_number_of_threads_changes_a_count(
+    run: Training, feature_cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With logits that do not depend on the batch, as a head's do in a last bit."""
+    head = Marker()
+    whole = score_split(head, feature_cache, "val", Accelerator())
+    for batch_size, cores in ((1, 1), (3, 3), (5, 2)):
+        monkeypatch.setattr(split_scores, "BATCH_SIZE", batch_size)
+        monkeypatch.setattr(split_scores, "default_threads", lambda cores=cores: cores)
+        found = score_split(head, feature_cache, "val", Accelerator())
+        assert found.samples.tolist() == whole.samples.tolist()
+        assert columns_of(found.scores) == columns_of(whole.scores)
+        assert found.predicted_iou.tolist() == whole.predicted_iou.tolist()
+
+
+class Marker(Head):
+    """Marks a box whose width and certainty a prompt's first pooled feature decides; and says two things more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = ("last",)
+        self.reads_tokens = False
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, inputs: HeadInputs) -> HeadOutputs:
+        said = (inputs.pooled[:, 0] * 10 * self.scale).sigmoid()
+        across = torch.linspace(0, 1, 12)
+        logits = (said[:, None, None] - across).expand(-1, 8, -1) * 6
+        return HeadOutputs(logits, iou=said, no_target_logits=said - 0.5)
+
+
+def test_what_a_head_says_of_targets_and_of_its_own_masks_is_kept_by_sample(feature_cache: FeatureCache) -> None:
+    found = score_split(Marker(), feature_cache, "val", Accelerator())
+    pooled, samples = feature_cache.prompts.pooled(), feature_cache.samples.samples
+    said = [
+        1 / (1 + math.exp(-10 * float(pooled[feature_cache.prompt_rows[samples.prompt_rows[row]], 0])))
+        for row in found.samples.tolist()
+    ]
+    assert found.predicted_iou == pytest.approx(said, abs=1e-5)
+    assert found.scores.predicted_no_target.tolist() == [share > 0.5 for share in said]
+    assert len(set(found.scores.predicted_px.tolist())) > 1
+
+
+@pytest.mark.parametrize("batch_size", [3, 64], ids=["both have batches", "one has none"])
+def test_two_processes_find_and_write_what_one_does(
+    batch_size: int, run: Training, feature_cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(run.run_dir, run_dir)
+    told = evaluate_in_processes(2, feature_cache, run_dir, tmp_path / "together", batch_size)
+    monkeypatch.setattr(split_scores, "BATCH_SIZE", batch_size)
+    alone = json.loads(json.dumps(evaluate_runs([run_dir], feature_cache, tmp_path / "alone", split="val")))
+    for results in (*told, alone, json.loads((tmp_path / "together" / "results.json").read_text())):
+        results["seconds"] = {}
+    assert told == [alone, alone]
+    tables = [(tmp_path / place / "samples.csv").read_bytes() for place in ("together", "alone")]
+    assert tables[0] == tables[1]
+
+
+def evaluate_in_processes(
+    num: int, cache: FeatureCache, run_dir: Path, out: Path, batch_size: int
+) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stores = [str(path) for path in (cache.samples.path, cache.images.store.path, cache.prompts.store.path)]
+    asked = {"stores": stores, "run_dir": str(run_dir), "out": str(out), "split": "val", "batch_size": batch_size}
+    world = {"WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.evaluate.score_apart", json.dumps(asked)],
+            env={
+                **os.environ,
+                **world,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "MASTER_PORT": str(port),
+                "ACCELERATE_USE_CPU": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num)
+    ]
+    printed = [process.communicate(timeout=240) for process in started]
+    for process, (_, stderr) in zip(started, printed, strict=True):
+        assert process.returncode == 0, stderr
+    return [json.loads(stdout.strip().splitlines()[-1]) for stdout, _ in printed]
+
+
+def test_intervals_hold_their_metrics_and_say_how_they_were_made(
+    run: Training, feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    results = evaluate_runs([run.run_dir], feature_cache, tmp_path)
+    (entry,) = results["runs"]
+    images = feature_cache.samples.samples.image_rows[feature_cache.usable_samples("val")]
+    assert results["bootstrap"]["num_images"] == len(set(images.tolist())) > 1
+    assert entry["intervals"].keys() == entry["metrics"].keys() - {"num_samples"}
+    low, high = entry["intervals"]["mean_iou"]
+    assert low < entry["metrics"]["mean_iou"] < high
+
+
+def test_every_sample_has_its_line_in_the_table(run: Training, feature_cache: FeatureCache, tmp_path: Path) -> None:
+    evaluation = evaluate_run(run.run_dir, feature_cache, "val")
+    results = evaluate_runs([run.run_dir], feature_cache, tmp_path)
+    with (tmp_path / "samples.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["iou"]) for line in lines] == evaluation.scores.iou.tolist()
+    mean = math.fsum(float(line["iou"]) for line in lines) / len(lines)
+    assert mean == results["runs"][0]["metrics"]["mean_iou"]
+    samples = feature_cache.samples.samples
+    assert [line["id"] for line in lines] == [samples.ids[row] for row in evaluation.samples]
+    assert (run.run_dir / "samples.csv").read_bytes() == (tmp_path / "samples.csv").read_bytes()
+
+
+def test_a_protocol_decides_where_heads_and_baselines_are_compared(
+    run: Training, feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    """Predictions at 480 x 480 are logits read there; truths are resized by torch."""
+    protocol = PROTOCOLS["resized-480"]
+    results = evaluate_runs([run.run_dir], feature_cache, tmp_path, protocol=protocol)
+    assert results["protocol"]["name"] == "resized-480"
+    assert "480x480" in (tmp_path / "report.html").read_text()
+    samples, evaluation = feature_cache.samples.samples, evaluate_run(run.run_dir, feature_cache, "val", protocol)
+    original = evaluate_run(run.run_dir, feature_cache, "val")
+    assert evaluation.scores.area_px.tolist() == original.scores.target_px.tolist()
+    shares = {name: [] for name in ("all_full", "centre_prior")}
+    for place, row in enumerate(evaluation.samples.tolist()):
+        mask = torch.from_numpy(samples.target(row))[None, None].float()
+        truth = F.interpolate(mask, (480, 480), mode="nearest-exact")
+        target_px = int(truth.sum())
+        assert int(evaluation.scores.target_px[place]) == target_px
+        central = int(truth[0, 0, 120:360, 120:360].sum())
+        shares["all_full"].append(target_px / 480**2)
+        shares["centre_prior"].append(central / (240**2 + target_px - central))
+        assert abs(evaluation.scores.iou[place] - original.scores.iou[place]) < 0.1
+    for name, ious in shares.items():
+        assert results["baselines"][name]["mean_iou"] == pytest.approx(np.mean(ious))
+    sizes = {object_size(area) for area in original.scores.target_px.tolist()}
+    assert results["runs"][0]["slices"]["object_size"].keys() == sizes
+
+
+def test_coco_results_are_the_masks_that_were_scored(
+    run: Training, feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    results = evaluate_runs([run.run_dir], feature_cache, tmp_path, coco_results=tmp_path / "found.json")
+    found = json.loads(Path(results["coco_results"]["results"]).read_text())
+    truth = json.loads(Path(results["coco_results"]["truth"]).read_text())
+    evaluation = evaluate_run(run.run_dir, feature_cache, "val")
+    expected = {
+        row + 1: iou
+        for row, iou, px in zip(
+            evaluation.samples.tolist(), evaluation.scores.iou, evaluation.scores.predicted_px, strict=True
+        )
+        if px
+    }
+    truths = {entry["image_id"]: entry["segmentation"] for entry in truth["annotations"]}
+    ious = {
+        entry["image_id"]: coco_mask.iou([entry["segmentation"]], [truths[entry["image_id"]]], [0])[0, 0]
+        for entry in found
+        if entry["image_id"] in truths
+    }
+    assert ious == pytest.approx({row: iou for row, iou in expected.items() if row in truths})
+    assert {entry["image_id"] for entry in found} == expected.keys()
+    assert all(0.5 < entry["score"] <= 1 for entry in found)
+
+
+def test_coco_results_of_several_runs_are_refused(run: Training, feature_cache: FeatureCache, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one by one"):
+        evaluate_runs([run.run_dir] * 2, feature_cache, tmp_path, coco_results=tmp_path / "found.json")

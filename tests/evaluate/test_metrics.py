@@ -1,26 +1,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
+from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
 
 from cache_schema.errors import UsageError
 from evaluate.metrics import (
-    Protocol,
     SampleScores,
     compute,
+    metric_ratios,
     object_size,
     prompt_length,
+    score_counts,
     score_mask,
     slice_metrics,
     sort_values,
     standard_tags,
     update,
 )
+from evaluate.protocols import ORIGINAL_SIZE, Protocol
 
 
 def mask_of(start, stop, size=(10, 100)):
@@ -75,6 +80,30 @@ class TestCounts:
         assert sample((0, 500), (0, 500), predicted_no_target=True).predicted_no_target.all()
         assert not sample((0, 3), (0, 3), predicted_no_target=False).predicted_no_target.any()
 
+    def test_torchmetrics_finds_the_same_iou_and_dice_in_each_sample(self):
+        rng = np.random.default_rng(1)
+        iou, dice = BinaryJaccardIndex(zero_division=1.0), BinaryF1Score(zero_division=1.0)
+        for _ in range(40):
+            predicted, truth = rng.random((2, 13, 9)) < rng.choice([0.0, 0.1, 0.5, 1.0], (2, 1, 1))
+            pair = torch.from_numpy(predicted), torch.from_numpy(truth)
+            scores = score_mask(predicted, truth)
+            assert scores.iou[0] == pytest.approx(float(iou(*pair)), abs=1e-6)
+            assert compute((scores,))["dice"] == pytest.approx(float(dice(*pair)), abs=1e-6)
+
+    def test_counts_that_were_taken_elsewhere_are_scored_alike(self):
+        masks = [(mask_of(*predicted), mask_of(*truth)) for predicted, truth in (((0, 70), (30, 90)), ((5, 9), (0, 0)))]
+        counted = score_counts(
+            np.array([np.count_nonzero(predicted & truth) for predicted, truth in masks]),
+            np.array([np.count_nonzero(predicted) for predicted, _ in masks]),
+            np.array([np.count_nonzero(truth) for _, truth in masks]),
+            area_px=np.array([np.count_nonzero(truth) for _, truth in masks]),
+            no_target=np.array([False, True]),
+            predicted_no_target=None,
+            protocol=ORIGINAL_SIZE,
+        )
+        scored = [score_mask(*pair, no_target=absent) for pair, absent in zip(masks, (False, True), strict=True)]
+        assert compute((counted,)) == compute(tuple(scored))
+
     def test_the_pixel_rule_is_the_protocols(self):
         assert sample((0, 50), (0, 50), protocol=Protocol(no_target_px=51)).predicted_no_target.all()
 
@@ -92,18 +121,6 @@ class TestCounts:
         assert len(joined) == 3
         assert joined.select(np.array([True, False, True])).iou.tolist() == [1.0, 0.0]
         assert len(SampleScores.concatenate([])) == 0
-
-
-class TestProtocol:
-    def test_the_threshold_itself_is_not_marked_under_greater(self):
-        assert Protocol().binarize(np.array([0.4, 0.5, 0.6])).tolist() == [False, False, True]
-
-    def test_the_threshold_itself_is_marked_under_greater_or_equal(self):
-        assert Protocol(comparison=">=").binarize(np.array([0.4, 0.5, 0.6])).tolist() == [False, True, True]
-
-    def test_it_is_written_as_plain_json_and_read_back(self):
-        protocol = Protocol(threshold=0.35)
-        assert Protocol(**json.loads(json.dumps(protocol.to_dict()))) == protocol
 
 
 class TestPixelMetrics:
@@ -155,8 +172,62 @@ class TestPixelMetrics:
         assert {type(value) for value in metrics.values()} == {float, int}
 
 
+def gres(samples):
+    """What GRES's own loop adds up, sample by sample: (intersection, union, no target, said none) in, metrics out."""
+    union = intersection = 0
+    ious, absent, present, hits = [], [], [], {7: [], 8: [], 9: []}
+    for inter, both, no_target_truth, said_none in samples:
+        if no_target_truth:
+            absent.append(said_none)
+            ious.append(1.0 if said_none else 0.0)
+            union += 0 if said_none else both
+            continue
+        inter = 0 if said_none else inter
+        present.append(not said_none)
+        ious.append(inter / both)
+        intersection += inter
+        union += both
+        for tenths, hit in hits.items():
+            hit.append(10 * inter >= tenths * both)
+    share = {name: np.mean(values) if values else None for name, values in (("n_acc", absent), ("t_acc", present))}
+    return {
+        "giou": np.mean(ious),
+        "ciou": intersection / union if union else 1.0,
+        **share,
+        **{f"target_p_at_0.{tenths}": np.mean(hit) if hit else None for tenths, hit in hits.items()},
+    }
+
+
 class TestGeneralisedMetrics:
     """The four combinations of truth and decision, as gRefCOCO counts them."""
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_any_mixture_is_what_one_adds_up_sample_by_sample(self, seed):
+        rng = np.random.default_rng(seed)
+        scores, plain = [], []
+        for _ in range(int(rng.integers(1, 25))):
+            absent, said_none = rng.random(2) < 0.4
+            start, length = rng.integers(0, 100, 2)
+            target = (0, 0) if absent else (0, int(rng.integers(1, 150)))
+            one = sample((int(start), int(start + length)), target, no_target=absent, predicted_no_target=said_none)
+            scores.append(one)
+            plain.append((int(one.intersection_px[0]), int(one.union_px[0]), absent, said_none))
+        metrics, expected = compute(tuple(scores)), gres(plain)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+    @pytest.mark.parametrize(
+        ("one", "expected"),
+        [
+            (NO_TARGET_RECOGNISED, {"giou": 1, "ciou": 1, "n_acc": 1, "t_acc": None, "target_p_at_0.7": None}),
+            (NO_TARGET_MARKED, {"giou": 0, "ciou": 0, "n_acc": 0, "t_acc": None, "target_p_at_0.7": None}),
+            (TARGET_TAKEN_FOR_NONE, {"giou": 0, "ciou": 0, "n_acc": None, "t_acc": 0, "target_p_at_0.7": 0}),
+            (HALF, {"giou": 0.5, "ciou": 0.5, "n_acc": None, "t_acc": 1, "target_p_at_0.7": 0}),
+            (HIT, {"giou": 1, "ciou": 1, "n_acc": None, "t_acc": 1, "target_p_at_0.7": 1}),
+        ],
+    )
+    def test_each_combination_alone(self, one, expected):
+        metrics = compute((one,))
+        assert {name: metrics[name] for name in expected} == expected
 
     def test_a_recognised_no_target_scores_one_and_adds_no_pixels(self):
         metrics = compute((NO_TARGET_RECOGNISED, HALF))
@@ -229,6 +300,14 @@ def test_neither_order_nor_batch_split_ever_changes_a_result(scores, data):
     assert compute(state) == expected
 
 
+def test_every_ratio_is_a_metric_and_only_the_median_is_none():
+    scores = SampleScores.concatenate([HIT, HALF, MISS, NO_TARGET_MARKED])
+    metrics = compute((scores,))
+    assert metrics.keys() - metric_ratios(scores).keys() == {"median_iou", "num_samples"}
+    for name, ratio in metric_ratios(scores).items():
+        assert metrics[name] == pytest.approx(ratio.part.sum() / ratio.whole.sum())
+
+
 def test_a_state_stays_short_however_many_samples_come_and_keeps_their_order():
     state = ()
     for predicted_px in range(300):
@@ -279,6 +358,8 @@ class TestSlices:
 
     def test_the_standard_tags_run_parallel_to_the_scores(self):
         scores = SampleScores.concatenate([HIT, NO_TARGET_RECOGNISED])
+        shrunk = replace(scores, target_px=scores.target_px // 100)
+        assert standard_tags(shrunk, ["", ""])["object_size"] == ["small", "none"], "sizes are those of the image"
         assert standard_tags(scores, ["dog", "the dog on the left"]) == {
             "prompt_length": ["1-2", "5-7"],
             "object_size": ["small", "none"],

@@ -21,8 +21,8 @@ from cache_schema.masks import Size, encode_mask
 from cache_schema.samples import ImageTable, Samples, write_samples
 from cache_schema.views import ASPECTS, Aspect, View, average_views
 from evaluate.evaluation import predict_masks
-from evaluate.metrics import Protocol
 from evaluate.predictor import Predictor, probabilities_in_image
+from evaluate.protocols import Protocol
 from extract.image_job import ImageJobConfig, extract_images
 from extract.prompt_job import PromptJobConfig, extract_prompts
 from heads.data import CachedSplit, Draw

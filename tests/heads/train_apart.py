@@ -19,3 +19,4 @@ if __name__ == "__main__":
     config = TrainConfig(**{**asked["config"], "target_size": tuple(asked["config"]["target_size"])})
     training = train(config, cache, Path(asked["run_dir"]))
     print(json.dumps(training.to_dict()))
+    torch.distributed.destroy_process_group()
