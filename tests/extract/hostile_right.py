@@ -8,6 +8,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
@@ -251,7 +252,19 @@ BIG_TIFF = (
     + bytes(8)
 )
 
-RIGHT_TIFFS = {
+NEWER_TIFFS = {
+    "tiff-grey-times-alpha": Right(make_tiff([HALVED.tobytes()], bits=(8, 8), t338=(SHORT, (1,))), grey(GREY), 2),
+    "tiff-ycbcr": Right(
+        make_tiff([np.asarray(Image.fromarray(PICTURE).convert("YCbCr")).tobytes()], bits=(8,) * 3, photometric=6),
+        PICTURE,
+        3,
+    ),
+}
+"""Pillow reads these from version 13 on. Before, they are refused."""
+
+KNOWS_NEWER = int(PIL.__version__.partition(".")[0]) >= 13
+
+RIGHT_TIFFS = (NEWER_TIFFS if KNOWS_NEWER else {}) | {
     "tiff": Right(make_tiff([ROWS], **RGB), PICTURE),
     "tiff-big-endian": Right(make_tiff([ROWS], order=">", **RGB), PICTURE),
     "tiff-bigtiff": Right(BIG_TIFF, grey(GREY)),
@@ -302,7 +315,6 @@ RIGHT_TIFFS = {
     "tiff-grey-alpha": Right(
         make_tiff([np.dstack([GREY, GREY]).tobytes()], bits=(8, 8), t338=(SHORT, (2,))), grey(GREY)
     ),
-    "tiff-grey-times-alpha": Right(make_tiff([HALVED.tobytes()], bits=(8, 8), t338=(SHORT, (1,))), grey(GREY), 2),
     "tiff-times-alpha": Right(
         make_tiff(
             [np.dstack([PICTURE // 2, np.full_like(GREY, 128)]).tobytes()],
@@ -316,11 +328,6 @@ RIGHT_TIFFS = {
     "tiff-palette": Right(make_tiff([INDICES.tobytes()], photometric=3, t320=(SHORT, _COLORMAP)), LOOKED_UP),
     "tiff-cmyk": Right(make_tiff([INKS.tobytes()], bits=(8,) * 4, photometric=5), PICTURE),
     "tiff-lab": Right(encode(Image.fromarray(PICTURE).convert("LAB"), "TIFF"), PICTURE, 30),
-    "tiff-ycbcr": Right(
-        make_tiff([np.asarray(Image.fromarray(PICTURE).convert("YCbCr")).tobytes()], bits=(8,) * 3, photometric=6),
-        PICTURE,
-        3,
-    ),
     "tiff-several-pages": Right(
         encode(PICTURE, "TIFF", save_all=True, append_images=[Image.fromarray(PICTURE[::-1])]), PICTURE
     ),
