@@ -207,8 +207,8 @@ def _draw_changes(change: Float[np.ndarray, " S"], first: str, second: str) -> s
     )
     edges = np.linspace(-1, 1, _NUM_BINS + 1)[:-1]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.0, 2.7))
-        axes = figure.add_axes((0.13, 0.19, 0.84, 0.75))
+        figure = Figure(figsize=(4.4, 2.7))
+        axes = figure.add_axes((0.15, 0.21, 0.79, 0.74))
         axes.grid(visible=False, axis="x")
         axes.bar(edges, lost, width=2 / _NUM_BINS, align="edge", color=colour_of(0), edgecolor="white")
         axes.bar(edges, won, width=2 / _NUM_BINS, align="edge", color=colour_of(1), edgecolor="white")
@@ -216,6 +216,8 @@ def _draw_changes(change: Float[np.ndarray, " S"], first: str, second: str) -> s
         axes.set_xlim(-1, 1)
         axes.set_ylim(0, 1.12 * max(1, int(lost.max()), int(won.max())))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.tick_params(axis="x", pad=9)
+        axes.set_xticks([-1, -0.5, 0, 0.5, 1])
         axes.set_xlabel("change of IoU")
         axes.set_ylabel("samples")
         num_lost, num_won = int(lost.sum()), int(won.sum())

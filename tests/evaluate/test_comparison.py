@@ -20,6 +20,8 @@ from evaluate.comparison_page import ChangedSample, write_comparison_page
 from evaluate.evaluation import evaluate_run
 from evaluate.metrics import compute
 from heads.runs import Training
+from tests.browser import Browser, Size
+from tests.page_laws import broken_laws
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,11 @@ def test_the_page_holds_its_pictures_and_nothing_from_elsewhere(results: dict[st
     for run in results["runs"]:
         assert run["head"] in page.text
     assert f"falls in {results['samples']['lost']}" in page.text
+
+
+@pytest.mark.parametrize("size", ["phone", "desktop"])
+def test_the_page_breaks_no_law_in_a_browser(browser: Browser, results: dict[str, Any], out: Path, size: Size) -> None:
+    assert browser.visit(out / "comparison.html", broken_laws, size=size) == []
 
 
 def test_names_and_prompts_on_the_page_are_text(results: dict[str, Any], tmp_path: Path) -> None:
