@@ -264,7 +264,7 @@ def _stage_finding(name: str, training: Mapping[str, Any], history: Sequence[Map
     best = next((entry for entry in history if entry["step"] == training["best_step"]), {})
     start = next((entry for entry in history if entry["step"] == 0), {})
     key, score = "val_loss", f"validation loss of {number(training['best_val_loss'])}"
-    if training["best_val_mean_iou"] is not None:
+    if training["best_val_mean_iou"] is not None and best.get("selects") != "val_loss":
         key, score = "val_mean_iou", f"validation mean IoU of {number(training['best_val_mean_iou'])}"
     elif is_number(best.get("val_text_to_image_recall@1")):
         key = "val_text_to_image_recall@1"

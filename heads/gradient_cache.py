@@ -47,6 +47,7 @@ def backward_in_parts(
         states.append(_random_states(order.device))
         with torch.no_grad():
             encoded.append(_embeddings(model(part)))
+    torch.clear_autocast_cache()  # some versions of torch keep half-precision weights without their gradients
     image = torch.cat([part.image for part in encoded]).requires_grad_()
     text = torch.cat([part.text for part in encoded])[order].requires_grad_()
     learned = {name: value.detach().requires_grad_() for name, value in _learned(encoded[-1]).items()}

@@ -36,21 +36,20 @@ class HubHead(ModelHubMixin):
 
     @classmethod
     def of_run(cls, run_dir: Path, checkpoint: str = "best") -> HubHead:
-        """The head of a run, with its scores if it was evaluated.
+        """The head of a run, with its scores if its folder holds those of this run on the stores it was trained on.
 
         Raises:
             UsageError: the folder is no run folder.
         """
         config = read_run_config(run_dir)
         spec, head = load_head(run_dir / checkpoint)
-        results = run_dir / "results.json"
-        found: dict[str, Any] = json.loads(results.read_bytes()) if results.is_file() else {}
+        found = _own_results(run_dir, config["stores"])
         facts = {
             "encoder_fingerprints": config["encoder_fingerprints"],
             "stores": config["stores"],
             "recipe": config["config"],
             "protocol": found.get("protocol"),
-            "metrics": found["runs"][0]["metrics"] if found else None,
+            "metrics": found.get("metrics"),
             "baselines": found.get("baselines"),
         }
         return cls(spec, head, facts)
@@ -140,6 +139,23 @@ class HubHead(ModelHubMixin):
             for name, values in rows.items()
         ]
         return f"## Scores\n\nProtocol: {said}.\n\n" + "\n".join(table) + "\n"
+
+
+def _own_results(run_dir: Path, stores: Mapping[str, str]) -> dict[str, Any]:
+    """Protocol, baselines and metrics of this run on its own stores; nothing, where the folder holds others.
+
+    The run is known by its folder's name, since it may have been moved; by its path, where several have that name.
+    """
+    path = run_dir / "results.json"
+    results: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    scored_on = {kind: digest for kind, digest in results.get("provenance", {}).items() if kind != "split"}
+    if scored_on != stores:
+        return {}
+    folder = run_dir.resolve()
+    entries = [entry for entry in results["runs"] if Path(entry["run_dir"]).resolve().name == folder.name]
+    if len(entries) > 1:
+        entries = [entry for entry in entries if Path(entry["run_dir"]).resolve() == folder][:1]
+    return {**results, "metrics": entries[0]["metrics"]} if entries else {}
 
 
 def _number(value: Any) -> str:

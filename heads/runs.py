@@ -95,9 +95,12 @@ class Progress:
 
 
 def score_of(validation: Mapping[str, Any]) -> float:
-    """What training tries to raise: the mean IoU, or where there are no masks the negative loss."""
+    """What training tries to raise: the mean IoU; or the negative loss where there are no masks, or the validation says
+    that it `selects`.
+    """
     mean_iou = validation["val_mean_iou"]
-    return float(-validation["val_loss"] if mean_iou is None else mean_iou)
+    by_loss = mean_iou is None or validation.get("selects") == "val_loss"
+    return float(-validation["val_loss"] if by_loss else mean_iou)
 
 
 def run_identity(config: TrainConfig, cache: FeatureCache, more: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -223,6 +223,8 @@ class Trainee:
             "data_wait_s": round(progress.data_wait_s, 3),
             "elapsed_s": round(time.perf_counter() - self._started, 3),
         }
+        if self._encoders is not None and self.config.compares_only:  # adapters learn to match; masks are not asked for
+            entry["selects"] = "val_loss"
         improved = not progress.history or score_of(entry) > score_of(progress.best)
         self.progress = Progress(progress.step, time.perf_counter() - self._started, history=[*progress.history, entry])
         if self._encoders is not None and improved:

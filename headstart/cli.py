@@ -25,6 +25,7 @@ from headstart.cache_commands import CACHE_COMMANDS
 from headstart.command import Command, Wanting
 from headstart.commands import COMMANDS
 from headstart.prepare_commands import printable
+from headstart.processes import is_first_process
 from headstart.samples_show import SAMPLES_COMMANDS
 
 DONE, WANTING, MISTAKE, FAULT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
@@ -54,7 +55,12 @@ The road: prepare (a dataset -> samples), extract (samples -> features), train (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `headstart` command."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    code = run(sys.argv[1:] if argv is None else argv)
+    if _is_in_a_group():  # a command failed; to leave the others might wait for them, and to end within may abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -97,7 +103,7 @@ def _run(command: Command) -> int:
     try:
         _require_own_evaluate()
         with _stopped_by_sigterm(), _one_of_several_processes(), contextlib.ExitStack() as stack:
-            quiet = None if _speaks() else stack.enter_context(Path(os.devnull).open("w"))
+            quiet = None if is_first_process() else stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(quiet or (sys.stderr if command.json else sys.stdout)))
             result = command.run()
     except UsageError as mistake:
@@ -127,23 +133,22 @@ def _run(command: Command) -> int:
             return _report_fault()
         print(f"headstart: a remote store cannot be reached ({error}); mend address or credentials.", file=sys.stderr)
         return MISTAKE
-    if command.json and _speaks():
+    if command.json and is_first_process():
         print(json.dumps(result, indent=1, sort_keys=True))
     return WANTING if isinstance(result, Wanting) else DONE
-
-
-def _speaks() -> bool:
-    """Of several processes of one command (torchrun, `accelerate launch`) the first prints the result."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def _one_of_several_processes() -> Iterator[None]:
     """Leave the group of processes at the end: one that is still in it as Python shuts down may abort."""
     yield
+    if _is_in_a_group():
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _is_in_a_group() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 class Terminated(KeyboardInterrupt):

@@ -25,7 +25,8 @@ class Finetune:
 
     Example: headstart finetune pseg --head runs/two_way-0123456789ab --set rank=16 first_block=6
 
-    Example: headstart extract stores --image-encoder dinov2-base --image-adapter runs/lora-image-0123456789ab/adapter
+    Example: headstart extract stores --out adapted --image-encoder dinov2-base --text-encoder clip-base-16
+    --image-adapter runs/lora-image-0123456789ab/adapter
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE", help=f"Which recipe: {', '.join(FINETUNE_RECIPE_NAMES)}.")]

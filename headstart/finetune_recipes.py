@@ -63,7 +63,7 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
 }
 
 _OPTIONAL: dict[str, type] = {"images_at_once": int}
-_LISTS = {"sides": ["image", "text"], "target_modules": ["query", "value"]}
+_LISTS = {"sides": ["image", "text"], "target_modules": ["q_proj", "v_proj"]}
 """Settings that are lists of names, each with an example."""
 
 _FIELDS = {field.name for field in dataclasses.fields(FinetuneConfig)} - set(STAGES)

@@ -13,13 +13,15 @@ import torch
 
 from cache_schema import atomic
 from cache_schema.atomic import StorePath
-from cache_schema.errors import UsageError
+from cache_schema.errors import StoreMismatchError, UsageError
 from cache_schema.features import TOKENS, FeatureCache, ImageFeatures
 from cache_schema.fingerprint import fingerprint
 from cache_schema.store import open_store
 from heads.finetune import FinetuneConfig, Finetuning, finetune, finetune_name
 from heads.live import ADAPTERS, ImageSource, LiveEncoders
+from heads.runs import read_run_config
 from headstart.encoders import image_spec_of_store, record_encoders, text_spec_of_store
+from headstart.processes import is_first_process
 from headstart.stores import StorePaths, record_stores
 
 if TYPE_CHECKING:  # slow to import
@@ -136,7 +138,7 @@ def finetune_encoders(
 
     Raises:
         UsageError: as `heads.finetune.finetune`.
-        StoreMismatchError: live encoders do not say what the cache says, or `states` is of another cache.
+        StoreMismatchError: live encoders do not say what the cache says, or `states` or `head` is of another cache.
     """
     if config.from_states and states is None:
         raise UsageError(
@@ -149,16 +151,25 @@ def finetune_encoders(
     initial = None if head is None else Path(head) / "best"
     if initial is not None and config.segmentation is None:
         raise UsageError("there is no segmentation stage for a trained head to go on in; leave --head out.")
+    if head is not None:
+        trained_on = read_run_config(Path(head))["encoder_fingerprints"]
+        others = [side for side, digest in cache.encoder_fingerprints.items() if trained_on.get(side) != digest]
+        if others:
+            raise StoreMismatchError(
+                f"the head of {head} was trained on features of another {' and '.join(others)} encoder than this cache "
+                "holds; name a head that was trained on these stores."
+            )
     encoders = HubEncoders(cache, config, tokens)
     run_dir = Path(runs) / finetune_name(config, cache, initial)
     paths = StorePaths(cache.samples.path, cache.images.store.path, cache.prompts.store.path)
     stage_dir = run_dir / "contrastive"  # paths are relative to a stage's folder
     recorded = {"encoders": record_encoders(cache, stage_dir), "store_paths": record_stores(paths, stage_dir)}
     found = finetune(config, cache, encoders, run_dir, head=initial, recorded=recorded, trackers=trackers)
-    for name in found.stages:
-        _record_adapted(encoders, run_dir / name)
-    if merge:
-        _merge(encoders, run_dir)
+    if is_first_process():
+        for name in found.stages:
+            _record_adapted(encoders, run_dir / name)
+        if merge:
+            _merge(encoders, run_dir)
     return found
 
 

@@ -113,7 +113,7 @@ class _LiveEncoder(nn.Module, ABC):
     def train(self: Live, mode: bool = True) -> Live:
         """In training the adapter's dropout is on; the model's own stays off, as it was when features were cached."""
         super().train(mode)
-        set_training(self._tower, mode)
+        set_training(self._tower, mode and self.num_trainable > 0)
         return self
 
     @abstractmethod

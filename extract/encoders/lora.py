@@ -164,6 +164,8 @@ def require_lora(adapted: PeftModel, targets: Iterable[str], spec: LoraSpec, fol
         for name, (theirs, ours) in settings.items()
         if getattr(config, theirs) != ours
     ]
+    if config.rank_pattern or config.alpha_pattern or config.bias != "none":
+        told.append("it has ranks or scales of its own for some modules, or learns biases, which settings cannot say")
     names, wanted = set(adapted_names(adapted.get_base_model())), set(targets)
     if names != wanted:
         told.append(f"it adapts {len(names)} modules, of which {len(names & wanted)} are among the {len(wanted)} here")
