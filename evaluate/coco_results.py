@@ -53,8 +53,7 @@ def write_coco_results(path: Path, detections: Iterable[Detection], samples: Sam
     Raises:
         UsageError: `path` is no name of a JSON file.
     """
-    if path.suffix != ".json":
-        raise UsageError(f"{path} is no name for COCO results; let it end in .json.")
+    check_coco_path(path)
     truth_path = path.with_suffix(".truth.json")
     numbers = _Numbers(samples, rows)
     results = []
@@ -79,6 +78,16 @@ def write_coco_results(path: Path, detections: Iterable[Detection], samples: Sam
     atomic.write_json(path, results)
     atomic.write_json(truth_path, truth)
     return CocoFiles(path, truth_path, len(results), len(annotations))
+
+
+def check_coco_path(path: Path) -> None:
+    """Refuse a name that COCO results cannot have.
+
+    Raises:
+        UsageError: `path` is no name of a JSON file.
+    """
+    if path.suffix != ".json":
+        raise UsageError(f"{path} is no name for COCO results; let it end in .json.")
 
 
 class _Numbers:

@@ -25,7 +25,7 @@ from cache_schema.errors import StoreMismatchError, UsageError
 from cache_schema.features import FeatureCache
 from evaluate.baselines import score_baselines
 from evaluate.bootstrap import DEFAULT, bootstrap_intervals
-from evaluate.coco_results import CocoFiles, Detection, write_coco_results
+from evaluate.coco_results import CocoFiles, Detection, check_coco_path, write_coco_results
 from evaluate.examples import Scored, make_examples, make_several
 from evaluate.metrics import Metrics, SampleScores, compute, slice_metrics, standard_tags
 from evaluate.predictor import probabilities_in_image
@@ -76,7 +76,7 @@ def evaluate_runs(
     """Score the best checkpoint of every run on a split; leave `results.json`, `samples.csv`, `report.html` in `out`.
 
     Every run that was trained on these very stores gets its own part of the results in its folder as well. A picture
-    that is no longer there is left out of the report; the numbers do not need it.
+    that is no longer there, or cannot be read, is left out of the report; the numbers do not need it.
 
     Args:
         coco_results: also write the masks of the only run there, at original size; see `write_coco_results`.
@@ -87,11 +87,14 @@ def evaluate_runs(
         The object that is written to results.json.
 
     Raises:
-        UsageError: a folder holds no finished run, the split is unknown, or COCO results of several runs are wanted.
+        UsageError: a folder holds no finished run, the split is unknown, or COCO results of several runs are wanted, or
+            in a file that is not named .json.
         StoreMismatchError: a run was trained on features of other encoders.
     """
     if coco_results is not None and len(run_dirs) > 1:
         raise UsageError("COCO results are of one head: evaluate the runs one by one for that.")
+    if coco_results is not None:
+        check_coco_path(coco_results)
     out.mkdir(parents=True, exist_ok=True)
     evaluations = [evaluate_run(run_dir, cache, split, protocol) for run_dir in run_dirs]
     told: list[dict[str, Any] | None] = [None]
@@ -163,12 +166,12 @@ class _Results:
         samples = self._cache.samples.samples
         atomic.write_json(out / "results.json", results)
         write_sample_table(out / TABLE, tables, samples)
-        write_report(out / "report.html", results, self._reports(), [*notes, *left_out], title)
         for entry, table, evaluation in zip(results["runs"], tables, self._evaluations, strict=True):
             own_stores = read_run_config(evaluation.run_dir)["stores"]
             if own_stores == self._cache.fingerprints and evaluation.run_dir.resolve() != out.resolve():
                 atomic.write_json(evaluation.run_dir / "results.json", {**results, "runs": [entry]})
                 write_sample_table(evaluation.run_dir / TABLE, [table], samples)
+        write_report(out / "report.html", results, self._reports(), [*notes, *left_out], title)
 
     def _baselines(self) -> dict[str, Metrics]:
         samples = self._cache.samples.samples
@@ -315,9 +318,24 @@ def write_evaluation_as_coco(
 
 
 def label_runs(evaluations: Sequence[Evaluation]) -> list[str]:
-    """What each run is called: its head, or its folder where two runs are of one head."""
+    """What each run is called, each otherwise: its head, or its folder where two runs are of one head.
+
+    Folders of one name have their parent's behind it; where that is the same too, all runs have their number.
+    """
     names = [evaluation.name for evaluation in evaluations]
-    return names if len(set(names)) == len(names) else [evaluation.run_dir.name for evaluation in evaluations]
+    if _differ(names):
+        return names
+    folders = [evaluation.run_dir.absolute() for evaluation in evaluations]
+    names = [folder.name for folder in folders]
+    names = [
+        name if names.count(name) == 1 else f"{name} ({folder.parent.name})"
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    return names if _differ(names) else [f"{name}-{number}" for number, name in enumerate(names, start=1)]
+
+
+def _differ(names: Sequence[str]) -> bool:
+    return len(set(names)) == len(names)
 
 
 def _check_same_encoders(run_dir: Path, cache: FeatureCache) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
+from cache_schema.errors import UsageError
 from cache_schema.samples import SamplesStore
 from evaluate.metrics import SampleScores
 from evaluate.predictor import open_image
@@ -29,7 +30,7 @@ class Scored:
 
 
 def make_examples(store: SamplesStore, scored: Scored, predict: Predict) -> list[Example]:
-    """Best, median and worst samples with a target, each of another image. One whose picture is gone is left out."""
+    """Best, median and worst samples with a target, each of another image; not those whose picture is gone."""
     chosen = list(_choose(store, scored))
     masks = predict(scored.rows[[place for place, _ in chosen]])
     examples, samples = [], store.samples
@@ -62,10 +63,13 @@ def make_several(store: SamplesStore, scored: Scored, predict: Predict) -> list[
 
 
 def open_image_of(store: SamplesStore, row: int) -> UInt8[np.ndarray, "h w 3"] | None:
-    """The picture of a sample; None if it is no longer there."""
+    """The picture of a sample; None if it is no longer there, or can no longer be read."""
     samples = store.samples
     path = None if store.image_dir is None else store.image_dir / samples.images.paths[samples.image_rows[row]]
-    return open_image(path) if path is not None and path.is_file() else None
+    try:
+        return None if path is None else open_image(path)
+    except UsageError:
+        return None
 
 
 def _several(

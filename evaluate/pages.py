@@ -22,6 +22,9 @@ NO_NUMBER = "\N{EN DASH}"
 """What stands where a number does not apply."""
 
 _PANEL_SIDES_PX = (320, 256, 200, 160, 128, 96)
+SMALLEST_SIDE_PX = _PANEL_SIDES_PX[-1]
+"""The longer side of a picture on a page that holds many."""
+
 _MAX_PICTURE_BYTES = 3_000_000
 
 Shown = TypeVar("Shown")
@@ -64,9 +67,21 @@ def fit_panels(show: Callable[[int], Shown], panels_of: Callable[[Shown], Iterab
     for side_px in _PANEL_SIDES_PX:
         shown = show(side_px)
         panels = list(panels_of(shown))
-        if sum(len(panel.uri) for panel in panels) <= _MAX_PICTURE_BYTES:
+        if num_fitting([panels]):
             return shown
     raise UsageError(f"{len(panels)} pictures do not fit a page of a few megabytes: show fewer examples.")
+
+
+def num_fitting(parts: Iterable[Iterable[Panel]]) -> int:
+    """How many of the parts of a page, from the first on, have pictures that it can hold; reads no further."""
+    num, num_bytes = 0, 0
+    for panels in parts:
+        for panel in panels:
+            num_bytes += len(panel.uri)
+            if num_bytes > _MAX_PICTURE_BYTES:
+                return num
+        num += 1
+    return num
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:

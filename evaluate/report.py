@@ -98,10 +98,10 @@ def write_report(
         raise UsageError(f"the results are not those of the heads {', '.join(heads)}: evaluate these runs again")
     if any(list(run.prompts) != list(runs[0].prompts) for run in runs[1:]):
         raise UsageError(f"the heads {', '.join(heads)} were not scored on the same samples: evaluate them together")
-    pictures = show_pictures(runs)
+    pictures, too_many = show_pictures(runs)
     values = {
         "title": title,
-        "notes": notes,
+        "notes": [*notes, *too_many],
         "findings": _findings(results),
         "heads": [(head, colour_of(index)) for index, head in enumerate(heads)],
         "num_samples": len(runs[0].scores),

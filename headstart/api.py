@@ -22,6 +22,7 @@ from heads.runs import Training, read_run_config, run_name
 from heads.train import TrainRequest, train_together
 from heads.train_config import TrainConfig
 from headstart.encoders import load_recorded_encoders, notes_on_encoders, record_encoders
+from headstart.processes import is_first_process
 from headstart.recipes import make_configs
 from headstart.stores import StorePaths, find_stores, record_stores, stores_of_run
 
@@ -144,6 +145,8 @@ def finetune(
         merge=merge,
         trackers=trackers,
     )
+    if not is_first_process():
+        return found
     pictures: Sequence[BeforeAfter] = ()
     if head is not None:
         split = read_run_config(_run_dir(head))["config"]["val_split"]
@@ -167,7 +170,8 @@ def evaluate(
     Args:
         cache: by default the one the first run was trained on.
         protocol: how masks are made and compared, or the name of one of `evaluate.protocols.PROTOCOLS`.
-        out: where all that goes; by default the first run's folder.
+        out: where all that goes; by default the folder of the only run, or `report` where there are several, or the
+            cache is not the one it was trained on.
         coco_results: a .json file for the masks of the only run as COCO results.
 
     Returns:
@@ -185,13 +189,23 @@ def evaluate(
     return evaluate_runs(
         run_dirs,
         cache,
-        Path(out) if out else run_dirs[0],
+        default_out(run_dirs, cache) if out is None else Path(out),
         split=split,
         protocol=find_protocol(protocol) if isinstance(protocol, str) else protocol,
         coco_results=None if coco_results is None else Path(coco_results),
         notes=notes_on_encoders(cache),
         seconds=seconds,
     )
+
+
+def default_out(run_dirs: Sequence[Path], cache: FeatureCache) -> Path:
+    """Where `evaluate` leaves its files if nothing is said: with the run whose own they are, or in `report`.
+
+    Raises:
+        UsageError: the only folder is no run folder.
+    """
+    own = len(run_dirs) == 1 and read_run_config(run_dirs[0])["stores"] == cache.fingerprints
+    return run_dirs[0] if own else Path("report")
 
 
 def compare(

@@ -32,7 +32,8 @@ class Evaluate:
     """How masks are made and compared: original-size (the default), original-size-inclusive (a probability of exactly
     0.5 is marked), resized-224, resized-480, resized-512 (on a square grid), gref (the metrics of gRefCOCO first)."""
     out: Path | None = None
-    """Folder for what is written; by default the first run's."""
+    """Folder for what is written; by default the run's, or report where there are several runs or other stores than
+    those it was trained on."""
     coco_results: Path | None = None
     """Also write the masks of the only run as COCO results to this .json file, and the truths beside it."""
     stores: Place | None = None
@@ -47,6 +48,7 @@ class Evaluate:
 
     def run(self) -> Any:
         from headstart import api, tables
+        from headstart.stores import stores_of_run
 
         if not self.runs:
             raise UsageError("there is no run to evaluate; name the run folders that `headstart train` printed.")
@@ -55,10 +57,11 @@ class Evaluate:
             raise UsageError(
                 "--samples, --images and --prompts choose among the stores of a folder; name it with --stores."
             )
-        out = self.out or self.runs[0]
+        cache = stores_of_run(self.runs[0]).open() if self.stores is None else api.open_cache(self.stores, **named)
+        out = self.out or api.default_out(self.runs, cache)
         results = api.evaluate(
             list(self.runs),
-            None if self.stores is None else api.open_cache(self.stores, **named),
+            cache,
             split=self.split,
             protocol=self.protocol,
             out=out,

@@ -149,6 +149,11 @@ def _pictures_of_pairs(path: Path, folder: Path) -> list[Picture]:
             name = PurePosixPath(image)
             if not name.name or name.is_absolute() or ".." in name.parts:
                 raise UsageError(f"{path}, line {with_header.line_num}: {image} does not lie under {folder}.")
+            if not _lies_under(folder, name):
+                raise UsageError(
+                    f"{path}, line {with_header.line_num}: {image} leads out of {folder} by a link; name the folder "
+                    "that it leads to, or copy the image."
+                )
             prompts_of.setdefault(name, []).append(prompt)
     except csv.Error as error:
         raise UsageError(f"{path}, after line {with_header.line_num}: {error}; mend the file.") from error
@@ -158,6 +163,14 @@ def _pictures_of_pairs(path: Path, folder: Path) -> list[Picture]:
         raise UsageError(f"{folder} is no folder; name the one under which the images of {path} lie.")
     names = Names()
     return [Picture(folder / name, names.take(_stem(name)), tuple(said)) for name, said in prompts_of.items()]
+
+
+def _lies_under(folder: Path, name: PurePosixPath) -> bool:
+    """Whether a name still lies in the folder when links are followed."""
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that cannot be, leads nowhere at all
+        return True
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -90,11 +90,7 @@ def _run(
         names: hosts that requests may name; None lets any.
         announce: called when the first request can be answered.
     """
-    import gradio
     import uvicorn
-    from fastapi import FastAPI
-
-    from headstart.serve_page import PAGE_STYLE, make_page, make_theme
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -107,7 +103,30 @@ def _run(
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             await super().shutdown(sockets)
 
-    inside = gradio.mount_gradio_app(
+    gate = Gate(_mount_page(heads, limits, uploads), names=names, uploads=uploads, max_file_bytes=limits.max_file_bytes)
+    config = uvicorn.Config(
+        gate,
+        log_level="warning",
+        lifespan="on",
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    server = Server(config)
+    server.run(sockets=[listening])
+    if not server.started:
+        raise RuntimeError("the page's server did not start; what it said stands above")
+
+
+def _mount_page(heads: ServedHeads, limits: Limits, uploads: Path) -> Any:
+    """The page as an ASGI application, with nothing of Gradio's and FastAPI's that it can do without."""
+    import gradio
+    from fastapi import FastAPI
+
+    from headstart.serve_page import PAGE_STYLE, make_page, make_theme
+
+    return gradio.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         make_page(heads, limits, uploads),
         path="/",
@@ -122,20 +141,6 @@ def _run(
         theme=make_theme(),
         css=PAGE_STYLE,
     )
-    gate = Gate(inside, names=names, uploads=uploads, max_file_bytes=limits.max_file_bytes)
-    config = uvicorn.Config(
-        gate,
-        log_level="warning",
-        lifespan="on",
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=_GRACE_S,
-    )
-    server = Server(config)
-    server.run(sockets=[listening])
-    if not server.started:
-        raise RuntimeError("the page's server did not start; what it said stands above")
 
 
 @contextlib.contextmanager

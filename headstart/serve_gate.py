@@ -6,7 +6,9 @@ requests on. Whatever is not named here is not there.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
@@ -38,6 +40,9 @@ _MAX_QUESTION_BYTES = 256_000
 _MULTIPART_BYTES = 10_000
 """What an upload has around its file, at most."""
 
+NUM_FILES_KEPT = 50
+"""How many of the largest files the uploads may be together."""
+
 _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
@@ -56,14 +61,17 @@ class Gate:
 
     Args:
         names: hosts that requests may name, so that no other site's name can be pointed at this server; None lets any.
-        uploads: the only folder of which files may be fetched.
+        uploads: the only folder of which files may be fetched. An upload is refused where it could bring what lies
+            there, and what is on its way, to more than `NUM_FILES_KEPT` times the largest file.
         max_file_bytes: the largest file that may be uploaded.
     """
 
     def __init__(self, app: App, *, names: frozenset[str] | None, uploads: Path, max_file_bytes: int) -> None:
         self._app = app
         self._names = names
+        self._folder = uploads
         self._uploads = f"{uploads}/"
+        self._num_arriving = 0
         self._max_file_bytes = max_file_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +83,9 @@ class Gate:
                 await _answer(send, *refusal)
             elif scope["path"] == _PROGRESS:
                 await _answer(send, 200, 'data: {"msg": "done"}\n\n', "text/event-stream")
-            elif scope["method"] == "POST" and scope["path"] != _UPLOAD:
+            elif scope["method"] == "POST" and scope["path"] == _UPLOAD:
+                await self._take(scope, receive, send)
+            elif scope["method"] == "POST":
                 await self._ask(scope, receive, send)
             else:
                 await self._let_through(scope, receive, send)
@@ -109,6 +119,20 @@ class Gate:
 
     def _limit(self, path: str) -> int:
         return self._max_file_bytes + _MULTIPART_BYTES if path == _UPLOAD else _MAX_QUESTION_BYTES
+
+    async def _take(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let an upload through while there is room for it, and for those on their way, at their largest."""
+        room = NUM_FILES_KEPT * self._max_file_bytes - _num_bytes(self._folder)
+        if room < (self._num_arriving + 1) * self._max_file_bytes:
+            await _answer(send, 507, "Too many pictures were uploaded lately; try again when older ones are deleted.")
+            return
+        self._num_arriving += 1
+        try:
+            await self._let_through(scope, receive, send)
+        finally:
+            self._num_arriving -= 1
+            if self._num_arriving == 0:
+                _delete_parts(self._folder)
 
     async def _ask(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a question through whose files are uploads. Others Gradio would look for, or fetch from their address."""
@@ -158,6 +182,26 @@ class Gate:
             await send(message)
 
         await self._app(scope, receive_some, send_guarded)
+
+
+def _delete_parts(folder: Path) -> None:
+    """Delete what uploads that were cut off leave: files in the folder itself. Whole ones lie in folders below it.
+
+    Gradio forgets them, so that they would never go.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _num_bytes(folder: Path) -> int:
+    """What the files in a folder and below it have together."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                total += Path(parent, name).lstat().st_size
+    return total
 
 
 def _paths_in(asked: Any) -> Iterator[object]:

@@ -43,7 +43,8 @@ def parse_classes(text: str) -> list[OpenClass]:
     ['pikachu', 'traffic sign']
 
     Raises:
-        UsageError: there is none, one is empty or stands there twice, or one is called "background".
+        UsageError: there is none, one is empty or stands there twice, or one is called "background" in
+            whatever case.
     """
     names = [" ".join(part.replace("_", " ").split()) for part in text.split(",")]
     if not all(names):
@@ -51,7 +52,7 @@ def parse_classes(text: str) -> list[OpenClass]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(f"{', '.join(twice)} stands there twice; name each class once.")
-    if BACKGROUND in names:
+    if BACKGROUND in map(str.casefold, names):
         raise UsageError("background is not a class that one can prompt for; ask for it with --background.")
     return [OpenClass(name, (name,)) for name in names]
 

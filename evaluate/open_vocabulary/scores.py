@@ -36,6 +36,11 @@ class ClassScorer(Protocol):
         """The level of a background channel that suits these scores, where nobody names another."""
         ...
 
+    @property
+    def align_corners(self) -> bool:
+        """How scores are stretched over the pixels of their window."""
+        ...
+
     def score(self, encoding: ImageEncoding) -> Float[Tensor, "w c h w_"]:
         """(w, c, h, w_) scores from 0 to 1 of w windows, on the scorer's own grid."""
         ...
@@ -70,12 +75,19 @@ def make_scorer(
     return HeadScorer(head, prompts, image_dtype=image_dtype)
 
 
+def _describe_resize(align_corners: bool) -> str:
+    """How scores are stretched inside a window, as a protocol says it."""
+    return f"bilinear, align_corners={align_corners}"
+
+
 class CosineScorer:
     """The sigmoid of the cosine between each patch and each class that Talk2DINO projects.
 
     The features of a class's prompts are averaged before they are projected and normalised. Of the head's settings
     `logit_scale` and `background` play no part.
     """
+
+    align_corners = True  # as the published evaluation has it
 
     def __init__(
         self, head: Talk2DinoHead, prompts: ClassPrompts, *, cleaning: float = 0.0, image_dtype: str = "float32"
@@ -105,7 +117,11 @@ class CosineScorer:
         return clean_background(masks, logits, patches, self._classes, self._cleaning)
 
     def describe(self) -> dict[str, Any]:
-        return {"scores": "sigmoid of cosines", "prompts_of_class": "averaged before the projection"}
+        return {
+            "scores": "sigmoid of cosines",
+            "prompts_of_class": "averaged before the projection",
+            "inside_window": _describe_resize(self.align_corners),
+        }
 
 
 class HeadScorer:
@@ -116,6 +132,7 @@ class HeadScorer:
     """
 
     background = 0.5
+    align_corners = False  # as logits were resized when the head learned, and are in `headstart evaluate`
 
     def __init__(self, head: Head, prompts: ClassPrompts, *, image_dtype: str = "float32") -> None:
         self._head = head.eval()
@@ -155,7 +172,11 @@ class HeadScorer:
 
     def describe(self) -> dict[str, Any]:
         averaged = "logits averaged" if self._head.reads_tokens else "averaged before the head"
-        return {"scores": "sigmoid of mask logits", "prompts_of_class": averaged}
+        return {
+            "scores": "sigmoid of mask logits",
+            "prompts_of_class": averaged,
+            "inside_window": _describe_resize(self.align_corners),
+        }
 
     def _in_chunks(self, num_windows: int) -> Iterator[Tensor]:
         """Rows of prompts, as many at once as a call may have."""

@@ -50,14 +50,13 @@ class SegmentationProtocol:
             raise UsageError(f"the strength of background cleaning is {self.cleaning}: name 0 (none) or more.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON, with what cannot be chosen."""
+        """As plain JSON, with what cannot be chosen. What hangs on the scorer, `ClassScorer.describe` says."""
         return {
             "name": self.name,
             "version": self.version,
             "templates": self.templates,
             "aliases": self.aliases,
             **self.windows.to_dict(),
-            "inside_window": "bilinear, align_corners",
             "overlaps": "averaged",
             "background": self.background,
             "cleaning": self.cleaning,
@@ -86,7 +85,7 @@ class Segmenter:
     @torch.inference_mode()
     def label(self, image: SeenImage) -> Int64[np.ndarray, "h w"]:
         """The number of each pixel's class, at the image's own size."""
-        merged = image.windows.merge(self._score(image))
+        merged = image.windows.merge(self._score(image), align_corners=self.scorer.align_corners)
         if self.protocol.pamr is not None:
             assert image.resized is not None
             pixels = torch.from_numpy(image.resized).to(merged.device).permute(2, 0, 1) / 255

@@ -117,15 +117,17 @@ class Windows:
             yield np.stack([view.apply_to_image(resized) for view in views])
 
     @torch.no_grad()
-    def merge(self, scores: Iterable[Float[Tensor, "_ c gh gw"]]) -> Float[Tensor, "c h w"]:
+    def merge(self, scores: Iterable[Float[Tensor, "_ c gh gw"]], *, align_corners: bool) -> Float[Tensor, "c h w"]:
         """The mean, at `size`, of what was said of the windows, where they overlap.
 
-        Each window's scores are brought to its pixels, bilinear with align_corners. They may come one batch after the
-        other: no more than one window at full size is kept besides the sum. What was said beyond the image's edge is
-        dropped. How windows are cut into batches does not change a bit.
+        Each window's scores are brought to its pixels, bilinear. They may come one batch after the other: no more than
+        one window at full size is kept besides the sum. What was said beyond the image's edge is dropped. How windows
+        are cut into batches does not change a bit.
 
         Args:
             scores: of c classes on any grid, all windows in the order of `boxes`, in batches of any size.
+            align_corners: whether the outermost scores lie on the centres of the outermost pixels, and not half a cell
+                inside the window's edge.
 
         Returns:
             In float32, or float64 if the scores are, on their device.
@@ -143,7 +145,9 @@ class Windows:
             left, top, right, bottom = self.boxes[num_merged]
             num_merged += 1
             window = window.to(torch.promote_types(window.dtype, torch.float32))
-            window = F.interpolate(window[None], (bottom - top, right - left), mode="bilinear", align_corners=True)[0]
+            window = F.interpolate(
+                window[None], (bottom - top, right - left), mode="bilinear", align_corners=align_corners
+            )[0]
             if total is None or num_windows is None:
                 total, num_windows = window.new_zeros((len(window), height, width)), window.new_zeros((height, width))
             inside = slice(top, min(bottom, height)), slice(left, min(right, width))

@@ -24,8 +24,10 @@ from torch import nn
 
 from cache_schema.errors import StoreMismatchError, UsageError
 from cache_schema.features import FeatureCache
+from evaluate import evaluation as evaluation_module
 from evaluate import split_scores
-from evaluate.evaluation import evaluate_run, evaluate_runs, predict_rows
+from evaluate.evaluation import evaluate_run, evaluate_runs, label_runs, predict_rows
+from evaluate.examples import Scored, make_examples, make_several
 from evaluate.metrics import SampleScores, object_size, score_mask
 from evaluate.protocols import PROTOCOLS
 from evaluate.split_scores import score_split
@@ -278,6 +280,81 @@ def test_coco_results_are_the_masks_that_were_scored(
     assert all(0.5 < entry["score"] <= 1 for entry in found)
 
 
-def test_coco_results_of_several_runs_are_refused(run: Training, feature_cache: FeatureCache, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="one by one"):
-        evaluate_runs([run.run_dir] * 2, feature_cache, tmp_path, coco_results=tmp_path / "found.json")
+@pytest.mark.parametrize(
+    ("num_runs", "name", "message"), [(2, "found.json", "one by one"), (1, "found.txt", r"let it end in \.json")]
+)
+def test_coco_results_that_cannot_be_are_refused_before_anything_is_scored(
+    num_runs: int,
+    name: str,
+    message: str,
+    run: Training,
+    feature_cache: FeatureCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scored = []
+    monkeypatch.setattr(evaluation_module, "evaluate_run", lambda *arguments: scored.append(arguments))
+    with pytest.raises(UsageError, match=message):
+        evaluate_runs([run.run_dir] * num_runs, feature_cache, tmp_path / "out", coco_results=tmp_path / name)
+    assert scored == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"no image", b"", None], ids=["other bytes", "empty", "gone"])
+def test_a_picture_that_cannot_be_read_is_left_out(
+    damage: bytes | None, run: Training, feature_cache: FeatureCache, tmp_path: Path
+) -> None:
+    evaluation = evaluate_run(run.run_dir, feature_cache, "val")
+    scored = Scored(evaluation.samples, evaluation.scores)
+    store = feature_cache.samples
+    assert store.image_dir is not None
+
+    def predict(rows: np.ndarray) -> dict[int, np.ndarray]:
+        return {row: store.samples.target(row) for row in rows.tolist()}
+
+    before = make_examples(store, scored, predict), make_several(store, scored, predict)
+    shutil.copytree(store.image_dir, tmp_path / "images")
+    copied = dataclasses.replace(store, image_dir=tmp_path / "images")
+    shown_first = store.samples.image_rows[scored.rows[np.argmax(evaluation.scores.iou)]]
+    most = np.bincount(store.samples.image_rows[scored.rows]).argmax()
+    for image in {int(shown_first), int(most)}:
+        path = tmp_path / "images" / store.samples.images.paths[image]
+        path.unlink() if damage is None else path.write_bytes(damage)
+    examples, several = make_examples(copied, scored, predict), make_several(copied, scored, predict)
+    assert 0 < len(examples) < len(before[0])
+    assert 0 < len(several) < len(before[1])
+
+
+def test_every_run_has_its_results_before_the_report_is_drawn(
+    run: Training, feature_cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("results.json", "samples.csv"))
+
+    def fail(*_: Any) -> None:
+        raise OSError("no room for the report")
+
+    monkeypatch.setattr(evaluation_module, "write_report", fail)
+    with pytest.raises(OSError, match="no room"):
+        evaluate_runs([tmp_path / "run"], feature_cache, tmp_path / "out")
+    for folder in ("run", "out"):
+        assert len(json.loads((tmp_path / folder / "results.json").read_text())["runs"]) == 1
+        assert (tmp_path / folder / "samples.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("runs", "labels"),
+    [
+        (["film runs/a", "linear runs/a"], ["film", "linear"]),
+        (["film runs/a", "film runs/b"], ["a", "b"]),
+        (["film one/a", "film two/a", "film two/b"], ["a (one)", "a (two)", "b"]),
+        (["film x/one/a", "film y/one/a"], ["a (one)-1", "a (one)-2"]),
+        (["film runs/a", "film runs/a"], ["a (runs)-1", "a (runs)-2"]),
+    ],
+)
+def test_no_two_runs_are_called_the_same(
+    runs: list[str], labels: list[str], run: Training, feature_cache: FeatureCache
+) -> None:
+    scored = evaluate_run(run.run_dir, feature_cache, "val")
+    named = [one.split() for one in runs]
+    evaluations = [dataclasses.replace(scored, name=head, run_dir=Path(folder)) for head, folder in named]
+    assert label_runs(evaluations) == labels

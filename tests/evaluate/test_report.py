@@ -352,6 +352,53 @@ def test_a_page_with_many_large_pictures_stays_light(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 4_000_000
 
 
+def noisy_runs(num, num_examples, num_several):
+    """Heads whose pictures hardly shrink as JPEG."""
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    truth = np.zeros((96, 96), np.bool_)
+    examples = [
+        Example(noise, truth, truth, f"{group} {place}", 0.5, group, {})
+        for group in ("best", "median", "worst")
+        for place in range(num_examples)
+    ]
+    several = [SeveralPrompts(noise, [PromptMasks("asked", truth, truth, 0.5)] * 4)] * num_several
+    return [replace(RUNS[0], head=f"head {place}", examples=examples, several=several) for place in range(num)]
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_several", "left_out", "num_examples", "several_shown"),
+    [
+        (2, 1, [], 4, True),
+        (12, 0, ["examples: 2"], 2, False),
+        (30, 3, ["examples: 1", "several"], 1, False),
+        (60, 3, ["examples: 1", "several", "heads"], 1, False),
+    ],
+)
+def test_a_page_of_many_heads_shows_fewer_pictures_and_says_so(
+    tmp_path, num_heads, num_several, left_out, num_examples, several_shown
+):
+    html = write(tmp_path, noisy_runs(num_heads, 4, num_several))
+    page = Page(html)
+    assert sum(map(len, re.findall(r'src="(data:image/[^"]*)"', html))) <= 3_000_000
+    assert ('<section id="several">' in html) == several_shown
+    said = re.search(r"To stay light, this page leaves out (.*?)\. Fewer runs show more\.", page.text)
+    parts = said[1].split("; ") if said else []
+    num_shown = num_heads
+    if parts and parts[-1].startswith("pictures of heads"):
+        num_shown = int(re.search(rf"after the first (\d+) of {num_heads}$", parts[-1])[1])
+        assert 30 < num_shown < num_heads
+    expected = {
+        "examples: 2": "more than 2 of the best, median and worst examples of a head",
+        "examples: 1": "more than 1 of the best, median and worst examples of a head",
+        "several": "images with several prompts",
+        "heads": f"pictures of heads after the first {num_shown} of {num_heads}",
+    }
+    assert parts == [expected[name] for name in left_out]
+    examples = html[html.index('<section id="examples">') :].split("</section>")[0]
+    assert examples.count("<img ") == num_shown * 3 * 3 * num_examples
+    assert any(row[:1] == [f"head {num_heads - 1}"] for row in page.rows), "its numbers are there all the same"
+
+
 def test_a_run_without_history_or_examples_is_still_shown(tmp_path):
     page = Page(write(tmp_path, [replace(RUNS[0], history=[], examples=[])], notes=[], seconds={}, baselines={}))
     assert "No validation was recorded" in page.text

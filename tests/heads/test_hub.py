@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,11 @@ def trained(feature_cache: FeatureCache, tmp_path_factory: pytest.TempPathFactor
     run = train(config, feature_cache, tmp_path_factory.mktemp("runs") / "run")
     results = {
         "protocol": {"dataset": "scenes", "split": "val", "threshold": 0.5},
-        "runs": [{"metrics": {"mean_iou": 0.25, "num_samples": 12, "p_at_0.5": 0.125}}],
+        "runs": [
+            {"run_dir": "elsewhere/other", "metrics": {"mean_iou": 0.75, "num_samples": 12, "p_at_0.5": 0.875}},
+            {"run_dir": "elsewhere/run", "metrics": {"mean_iou": 0.25, "num_samples": 12, "p_at_0.5": 0.125}},
+        ],
+        "provenance": {**feature_cache.fingerprints, "split": "val"},
         "baselines": {"all_empty": {"mean_iou": 0.0625, "p_at_0.5": None}},
     }
     (run.run_dir / "results.json").write_text(json.dumps(results))
@@ -65,6 +70,34 @@ def test_a_head_that_was_not_scored_says_nothing_of_scores(trained: Training, tm
         path.write_bytes((trained.run_dir / name).read_bytes())
     HubHead.of_run(tmp_path / "run").save_pretrained(tmp_path / "head")
     assert "Scores" not in (tmp_path / "head" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("change", ["of other stores", "of other runs", "of two that cannot be told apart"])
+def test_scores_that_are_not_of_this_run_on_its_stores_are_not_told(
+    change: str, trained: Training, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.run_dir, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    assert HubHead.of_run(tmp_path / "run").facts["metrics"]["mean_iou"] == 0.25
+    if change == "of other stores":
+        results["provenance"]["samples"] = "0" * 64
+    elif change == "of other runs":
+        del results["runs"][1]
+    else:
+        results["runs"][0]["run_dir"] = "yonder/run"
+    path.write_text(json.dumps(results))
+    facts = HubHead.of_run(tmp_path / "run").facts
+    assert facts["metrics"] is facts["protocol"] is facts["baselines"] is None
+
+
+def test_of_runs_whose_folders_have_one_name_the_path_decides(trained: Training, tmp_path: Path) -> None:
+    shutil.copytree(trained.run_dir, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    results["runs"][0]["run_dir"] = str(tmp_path / "run")
+    path.write_text(json.dumps(results))
+    assert HubHead.of_run(tmp_path / "run").facts["metrics"]["mean_iou"] == 0.75
 
 
 def test_what_is_no_folder_and_not_at_the_hub_is_said(tmp_path: Path) -> None:

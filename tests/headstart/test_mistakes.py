@@ -112,7 +112,7 @@ def test_a_run_evaluated_in_its_own_folder_keeps_the_whole_results(
 ) -> None:
     for name in ("a", "b"):
         shutil.copytree(run.run_dir, tmp_path / name)
-    results = headstart.evaluate([tmp_path / "a", tmp_path / "b"], feature_cache)
+    results = headstart.evaluate([tmp_path / "a", tmp_path / "b"], feature_cache, out=tmp_path / "a")
     assert json.loads((tmp_path / "a" / "results.json").read_text()) == json.loads(json.dumps(results))
     assert len(json.loads((tmp_path / "b" / "results.json").read_text())["runs"]) == 1
 

@@ -103,6 +103,26 @@ def test_pairs_that_are_none_are_refused_with_their_line(tmp_path: Path, content
         find_pictures([], (), path)
 
 
+def test_pairs_do_not_lead_out_of_their_folder_by_a_link(photos: Path, tmp_path: Path) -> None:
+    outside, pairs = tmp_path / "outside", tmp_path / "pairs.csv"
+    outside.mkdir()
+    (outside / "x.jpg").touch()
+    (photos / "file.jpg").symlink_to(outside / "x.jpg")
+    (photos / "folder").symlink_to(outside)
+    (photos / "within.jpg").symlink_to(photos / "sub" / "a.jpg")
+    for image in ("file.jpg", "folder/x.jpg"):
+        pairs.write_text(f"image,prompt\nb.jpg,cat\n{image},dog\n")
+        with pytest.raises(UsageError, match=f"line 3: {image} leads out of .*photos by a link"):
+            find_pictures([str(photos)], (), pairs)
+    (photos / "loop.jpg").symlink_to(photos / "loop.jpg")
+    pairs.write_text("image,prompt\nloop.jpg,dog\n")
+    assert len(find_pictures([str(photos)], (), pairs)) == 1  # it is named among those that cannot be read, later
+    pairs.write_text("image,prompt\nwithin.jpg,dog\n")
+    (tmp_path / "link").symlink_to(photos)
+    for folder in (photos, tmp_path / "link"):  # the folder itself may be reached by a link
+        assert [picture.path for picture in find_pictures([str(folder)], (), pairs)] == [folder / "within.jpg"]
+
+
 def test_mistakes_are_named_with_their_remedy(photos: Path, tmp_path: Path) -> None:
     a, b = str(photos / "a.jpg"), str(photos / "b.jpg")
     empty = tmp_path / "empty.txt"

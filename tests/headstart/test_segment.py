@@ -18,7 +18,7 @@ from cache_schema.store import open_store
 from evaluate.open_vocabulary.label_pictures import OPACITY, class_colour
 from extract.prepare import PrepareConfig, prepare
 from headstart import api, cli
-from headstart.segment_commands import BENCHMARK_NAMES, SEGMENT_COMMANDS
+from headstart.segment_commands import BENCHMARK_NAMES
 from tests.evaluate.open_vocabulary.layouts import LAYOUTS, SIZES, make_benchmark_folder
 from tests.evaluate.open_vocabulary.oracle import slow_scores
 from tests.headstart.shell import Shell
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from heads.runs import Training
 
 SMALL = ("--short-side", 48, "--window", 48, "--stride", 24, "--templates", "1")
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "COMMANDS", {**cli.COMMANDS, **SEGMENT_COMMANDS})
 
 
 @pytest.fixture(scope="module")

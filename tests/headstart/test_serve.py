@@ -73,11 +73,16 @@ class Server:
                 return error.code, error.read()
 
 
-def start(temporary: Path, *arguments: object, told: str = "stdout") -> Server:
+def start(
+    temporary: Path,
+    *arguments: object,
+    told: str = "stdout",
+    program: tuple[str, ...] = ("-m", "headstart.cli"),
+) -> Server:
     """Run `headstart serve` on any free port, and wait until it says where it is."""
     temporary.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "headstart.cli", "serve", *map(str, arguments), "--port", "0"],
+        [sys.executable, *program, "serve", *map(str, arguments), "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -361,14 +366,49 @@ def test_no_file_of_the_machine_can_be_fetched_or_asked_about(
             assert (status, said) == (403, b"Only uploaded files may be asked about."), path
 
 
-def test_what_was_uploaded_can_be_fetched_again_and_nothing_else_is_kept(server: Server) -> None:
-    content = b"some bytes"
+def upload(server: Server, content: bytes) -> Path:
+    """Where a file that is uploaded lies."""
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + content + b"\r\n--x--\r\n"
     status, said = server.ask("/gradio_api/upload", body, Content_Type="multipart/form-data; boundary=x")
     assert status == 200
-    (path,) = json.loads(said)
-    assert Path(path).is_relative_to(server.temporary)
-    assert server.ask(f"/gradio_api/file={path}") == (200, content)
+    (path,) = map(Path, json.loads(said))
+    assert path.is_relative_to(server.temporary)
+    return path
+
+
+def test_what_was_uploaded_can_be_fetched_again_and_nothing_else_is_kept(server: Server) -> None:
+    path = upload(server, b"some bytes")
+    assert server.ask(f"/gradio_api/file={path}") == (200, b"some bytes")
+
+
+IMPATIENT = """
+import sys
+from headstart import cli, serve
+
+def mount_impatient(*arguments, mount=serve._mount_page):
+    from headstart import serve_page
+    serve_page._TIDY_S, serve_page._KEEP_S = 0.05, 0.01
+    return mount(*arguments)
+
+serve._mount_page = mount_impatient
+sys.exit(cli.main())
+"""
+"""The command, where uploads are looked through many times a second and none may become older than a moment."""
+
+
+def test_uploads_are_deleted_when_they_are_old(runs: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason='the page is made with Gradio: pip install "headstart[serve]"')
+    impatient = start(tmp_path / "tmp", runs[0], program=("-c", IMPATIENT))
+    try:
+        path = upload(impatient, b"some bytes")
+        deadline = time.monotonic() + 60
+        while path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not path.exists()
+        assert impatient.ask(f"/gradio_api/file={path}")[0] in (403, 404)
+    finally:
+        code, _, _ = end(impatient, signal.SIGTERM)
+    assert code == cli.DONE
 
 
 @pytest.mark.parametrize(

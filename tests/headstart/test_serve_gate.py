@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headstart.serve_gate import LOOPBACK_NAMES, Gate
+from headstart.serve_gate import LOOPBACK_NAMES, NUM_FILES_KEPT, Gate
 
 
 @dataclass
@@ -36,11 +36,17 @@ class Inside:
 
 
 def knock(
-    path: str, method: str = "GET", body: bytes = b"", *, names: frozenset[str] | None = LOOPBACK_NAMES, **headers: str
+    path: str,
+    method: str = "GET",
+    body: bytes = b"",
+    *,
+    names: frozenset[str] | None = LOOPBACK_NAMES,
+    uploads: Path = Path("/up"),
+    **headers: str,
 ) -> tuple[int | None, Inside]:
     """Status, or None where the connection was dropped, and what came in. A body comes in pieces of 1000 bytes."""
     inside, sent = Inside(), []
-    gate = Gate(inside, names=names, uploads=Path("/up"), max_file_bytes=50_000)
+    gate = Gate(inside, names=names, uploads=uploads, max_file_bytes=50_000)
     pieces = [body[at : at + 1000] for at in range(0, len(body), 1000)] or [b""]
 
     async def receive() -> dict[str, Any]:
@@ -162,3 +168,56 @@ def test_questions_that_are_no_json_are_refused(body: bytes) -> None:
 def test_an_upload_that_is_asked_after_is_done() -> None:
     status, inside = knock("/gradio_api/upload_progress")
     assert (status, inside.reached) == (200, 0)
+
+
+def test_uploads_are_refused_while_the_folder_has_no_room_for_a_largest_one(tmp_path: Path) -> None:
+    kept = tmp_path / "0123" / "a.png"
+    kept.parent.mkdir()
+    kept.write_bytes(b"x" * (NUM_FILES_KEPT - 1) * 50_000)
+    assert knock("/gradio_api/upload", "POST", b"x", uploads=tmp_path)[0] == 200
+    (tmp_path / "4567").mkdir()
+    (tmp_path / "4567" / "b.png").write_bytes(b"x")
+    status, inside = knock("/gradio_api/upload", "POST", b"x", uploads=tmp_path)
+    assert (status, inside.reached) == (507, 0)
+    assert knock("/gradio_api/cancel", "POST", b"{}", uploads=tmp_path)[0] == 200
+    assert knock("/", uploads=tmp_path)[0] == 200
+    kept.unlink()
+    assert knock("/gradio_api/upload", "POST", b"x", uploads=tmp_path)[0] == 200
+
+
+def test_what_an_upload_that_was_cut_off_leaves_goes_and_whole_ones_stay(tmp_path: Path) -> None:
+    whole = tmp_path / "0123" / "a.png"
+    whole.parent.mkdir()
+    whole.touch()
+    (tmp_path / "tmpabc").touch()
+    assert knock("/gradio_api/upload", "POST", b"x" * 60_001, uploads=tmp_path)[0] is None
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [whole]
+
+
+def test_room_is_kept_for_uploads_on_their_way(tmp_path: Path) -> None:
+    """At once, with nothing in the folder yet: as many come in as have room, and when they are through the next do."""
+    statuses: list[int] = []
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": [(b"host", b"localhost")]}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    async def knock_together() -> None:
+        go_on = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await go_on.wait()
+            return {"type": "http.request", "body": b"x", "more_body": False}
+
+        gate = Gate(Inside(), names=LOOPBACK_NAMES, uploads=tmp_path, max_file_bytes=50_000)
+        waiting = [asyncio.create_task(gate(scope, receive, send)) for _ in range(NUM_FILES_KEPT + 3)]
+        while len(statuses) < 3:
+            await asyncio.sleep(0)
+        assert statuses == [507] * 3
+        go_on.set()
+        await asyncio.gather(*waiting)
+        await gate(scope, receive, send)
+
+    asyncio.run(asyncio.wait_for(knock_together(), 60))
+    assert statuses == [507] * 3 + [200] * (NUM_FILES_KEPT + 1)

@@ -36,6 +36,11 @@ class SlowTalk2Dino:
     stride: int
     cleaning: float = 0.0
 
+    @property
+    def learned(self) -> bool:
+        """Whether the head learned logits from masks; it is then evaluated as other heads are."""
+        return self.head.log_gain is not None
+
     def scores(self, image: NDArray[np.uint8]) -> Array:
         """(c, H, W) of an image."""
         height, width = image.shape[:2]
@@ -58,7 +63,7 @@ class SlowTalk2Dino:
         for (top, left, bottom, right), crop in crops.items():
             place = slice(top, bottom), slice(left, right)
             for number, channel in enumerate(self.window_scores(crop, classes)):
-                total[number][place] += resize(channel, (bottom - top, right - left), align_corners=True)
+                total[number][place] += resize(channel, (bottom - top, right - left), align_corners=not self.learned)
             seen[place] += 1
         return np.stack([resize(channel / seen, original_size, align_corners=False) for channel in total])
 
@@ -73,6 +78,14 @@ class SlowTalk2Dino:
             projected.append(vector / np.linalg.norm(vector))
         return np.stack(projected)
 
+    def logit(self, cosine: float) -> float:
+        """What the sigmoid is taken of: the cosine, or the mask logit of a head that learned it."""
+        head = self.head
+        if head.log_gain is None or head.shift is None:
+            return cosine
+        gain, shift = np.exp(head.log_gain.item()), head.shift.item()
+        return float(gain * (head.logit_scale * (cosine - head.threshold) + shift))
+
     def window_scores(self, crop: NDArray[np.uint8], classes: Array) -> Array:
         """(c, gh, gw) of one window."""
         pixels = torch.from_numpy(self.image_encoder.preprocess(crop))[None]
@@ -84,7 +97,7 @@ class SlowTalk2Dino:
             for row in range(gh):
                 for column in range(gw):
                     patch = patches[row, column]
-                    masks[number, row, column] = sigmoid(float(patch @ one / np.linalg.norm(patch)))
+                    masks[number, row, column] = sigmoid(self.logit(float(patch @ one / np.linalg.norm(patch))))
         if not self.cleaning:
             return masks
         return slow_cleaning(masks, encoding.attention["logits"][0].double().numpy(), patches, classes, self.cleaning)

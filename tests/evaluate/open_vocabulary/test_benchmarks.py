@@ -143,6 +143,30 @@ def test_a_benchmark_is_scored_as_a_slow_computation_from_its_files_scores_it(
     assert metrics["num_pixels"] == sum(int((truth != -1).sum()) for truth in truths)
 
 
+def test_a_head_that_learned_mask_logits_is_stretched_as_it_learned(
+    tmp_path: Path, head: Talk2DinoHead, encoder: ImageEncoder, text_encoder: TextEncoder
+) -> None:
+    small, protocol = make_small("voc20", tmp_path), protocol_for("voc20")
+    learned = Talk2DinoHead(
+        image_width=96,
+        pooled_width=96,
+        layer="last",
+        alignment="mean_patch",
+        logit_scale=5.0,
+        learned_logits=True,
+    ).eval()
+    learned.load_state_dict({**learned.state_dict(), **head.state_dict(), "log_gain": torch.tensor(0.3)})
+    classes = make_benchmark("voc20").classes
+    prompts = [one.prompts(protocol.templates) for one in classes]
+    oracle = SlowTalk2Dino(learned, encoder, text_encoder, prompts, SHORT, WINDOW, STRIDE)
+    setup = set_up(classes, protocol, learned, encoder, text_encoder)
+    for found, image in zip(setup.label(image.path for image in small.images), small.images, strict=True):
+        scores = oracle.scores(np.asarray(Image.open(image.path).convert("RGB")))
+        assert (scores.max(0) - np.take_along_axis(scores, found[None], 0)[0]).max() < 1e-5
+        assert (scores.argmax(0) == found).mean() > 0.98
+    assert setup.segmenter.scorer.describe()["inside_window"] == "bilinear, align_corners=False"
+
+
 def test_truth_is_read_pixel_by_pixel(small: Small) -> None:
     images = list_images(small.store, make_benchmark(small.name), "val")
     assert len(images) == len(small.images)
@@ -180,7 +204,9 @@ def test_masks_are_refined_once_for_each_image_after_its_windows_were_merged(
     resized = windows.resize(image)
     crops = np.concatenate(list(windows.crops(resized, 1)))
     seen = torch.from_numpy(np.stack([encoder.preprocess(crop) for crop in crops]))
-    merged = windows.merge(scorer.score(encoder.encode(seen[place : place + 1])) for place in range(len(seen)))
+    merged = windows.merge(
+        (scorer.score(encoder.encode(seen[place : place + 1])) for place in range(len(seen))), align_corners=True
+    )
     assert protocol.pamr is not None
     refined = protocol.pamr.affinity(torch.from_numpy(resized).permute(2, 0, 1) / 255).refine(merged)
     expected = windows.to_original(refined).argmax(0).numpy()
@@ -211,7 +237,8 @@ def test_results_name_every_choice_and_stand_beside_a_table(
     benchmark = make_benchmark("voc21", aliases=True)
     setup = set_up(benchmark.classes, protocol_for("voc21", pamr=True), head, encoder, text_encoder)
     run, protocol = setup.run(benchmark, small), setup.segmenter.protocol
-    results = make_results(run, benchmark, "val", protocol.to_dict(), {"samples": small.store.fingerprint})
+    described = {**protocol.to_dict(), **setup.segmenter.scorer.describe()}
+    results = make_results(run, benchmark, "val", described, {"samples": small.store.fingerprint})
     write_results(tmp_path / "out", results)
     assert results["protocol"] == {
         "name": "sliding-windows",
@@ -223,7 +250,9 @@ def test_results_name_every_choice_and_stand_beside_a_table(
         "window_px": WINDOW,
         "stride_px": STRIDE,
         "resize": "pillow bilinear",
-        "inside_window": "bilinear, align_corners",
+        "scores": "sigmoid of cosines",
+        "prompts_of_class": "averaged before the projection",
+        "inside_window": "bilinear, align_corners=True",
         "overlaps": "averaged",
         "background": 0.53,
         "cleaning": 0.2,

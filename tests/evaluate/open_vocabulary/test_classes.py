@@ -25,6 +25,25 @@ def test_template_sets_are_as_large_as_their_names_say() -> None:
     assert TEMPLATES["1"][0] in TEMPLATES["80"]
 
 
+def test_the_seven_and_the_five_are_those_that_were_published() -> None:
+    assert TEMPLATES["7"] == (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    )
+    assert TEMPLATES["5"] == (
+        "there is a {} in the scene.",
+        "there is the {} in the scene.",
+        "this is a {} in the scene.",
+        "this is the {} in the scene.",
+        "this is one {} in the scene.",
+    )
+
+
 @given(st.text(min_size=1), st.sampled_from(TEMPLATE_SETS))
 def test_a_name_is_put_in_whatever_it_holds(name: str, templates: str) -> None:
     for template, prompt in zip(TEMPLATES[templates], fill(templates, name), strict=True):
@@ -47,6 +66,8 @@ def test_names_on_a_command_line_have_blanks_for_underscores() -> None:
         ("cat,dog,cat", "cat stands there twice"),
         ("a_b,a b", "a b stands there twice"),
         ("cat,background", "ask for it with --background"),
+        ("Background,cat", "ask for it with --background"),
+        ("cat,_BACKGROUND", "ask for it with --background"),
     ],
 )
 def test_names_that_cannot_be_told_apart_are_refused(text: str, message: str) -> None:

@@ -126,12 +126,15 @@ def test_an_image_smaller_than_a_window_is_padded_at_its_end_and_what_is_said_th
 
     scores = torch.zeros(2, 1, 10, 10)
     scores[:, :, 6:] = 1
-    assert not plan.merge([scores]).any()
+    assert not plan.merge([scores], align_corners=True).any()
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
 @settings(max_examples=40, deadline=None)
 @given(slides(), SIDES, SIDES, st.integers(1, 4), st.tuples(st.integers(1, 6), st.integers(1, 6)), st.integers(0, 99))
-def test_merging_is_the_mean_over_the_windows_of_each_pixel(slide, height, width, num_classes, grid, seed):
+def test_merging_is_the_mean_over_the_windows_of_each_pixel(
+    align_corners, slide, height, width, num_classes, grid, seed
+):
     plan = slide.plan((height, width))
     scores = random_scores(plan, num_classes, grid, seed)
     window = slide.window_px
@@ -139,19 +142,25 @@ def test_merging_is_the_mean_over_the_windows_of_each_pixel(slide, height, width
     for (left, top, _, _), said in zip(plan.boxes, scores.numpy(), strict=True):
         for row in range(top, min(top + window, plan.size[0])):
             for column in range(left, min(left + window, plan.size[1])):
-                total[:, row, column] += bilinear(said, row - top, column - left, window)
+                total[:, row, column] += bilinear(said, row - top, column - left, window, align_corners)
                 count[row, column] += 1
     expected = total / count
 
-    np.testing.assert_allclose(plan.merge([scores]).numpy(), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(plan.merge([scores], align_corners=align_corners).numpy(), expected, rtol=0, atol=1e-12)
 
 
-def bilinear(values, row, column, side):
-    """(c, gh, gw) values at a pixel of a square, where corners of the grid lie on corners of the square."""
-    places = [
-        place * (length - 1) / (side - 1) if side > 1 else 0
-        for place, length in zip((row, column), values.shape[1:], strict=True)
-    ]
+def bilinear(values, row, column, side, align_corners):
+    """(c, gh, gw) values at a pixel of a square over which they lie: corner on corner, or as cells, edge on edge."""
+    if align_corners:
+        places = [
+            place * (length - 1) / (side - 1) if side > 1 else 0
+            for place, length in zip((row, column), values.shape[1:], strict=True)
+        ]
+    else:
+        places = [
+            min(max((place + 0.5) * length / side - 0.5, 0), length - 1)
+            for place, length in zip((row, column), values.shape[1:], strict=True)
+        ]
     (top, left), ends = (int(place) for place in places), values.shape[1:]
     below, right = min(top + 1, ends[0] - 1), min(left + 1, ends[1] - 1)
     down, across = places[0] - top, places[1] - left
@@ -165,7 +174,7 @@ def bilinear(values, row, column, side):
 def test_what_is_the_same_everywhere_stays_the_same(slide, height, width, value):
     plan = slide.plan((height, width))
     scores = torch.full((len(plan), 2, 3, 3), value, dtype=torch.float64)
-    merged = plan.merge([scores])
+    merged = plan.merge([scores], align_corners=True)
 
     torch.testing.assert_close(merged, torch.full_like(merged, value), rtol=0, atol=1e-12)
     original = plan.to_original(merged)
@@ -184,7 +193,9 @@ def test_how_windows_are_cut_into_batches_changes_nothing(slide, height, width, 
     assert np.array_equal(
         np.concatenate(list(plan.crops(resized, batch_size))), np.concatenate(list(plan.crops(resized, len(plan))))
     )
-    assert torch.equal(plan.merge(scores.split(batch_size)), plan.merge([scores]))
+    assert torch.equal(
+        plan.merge(scores.split(batch_size), align_corners=True), plan.merge([scores], align_corners=True)
+    )
 
 
 def test_merging_takes_one_batch_after_the_other():
@@ -200,17 +211,17 @@ def test_merging_takes_one_batch_after_the_other():
             del batch
             assert sum(reference() is not None for reference in alive) <= 1, "batches are kept"
 
-    assert torch.equal(plan.merge(batches()), plan.merge([scores]))
+    assert torch.equal(plan.merge(batches(), align_corners=True), plan.merge([scores], align_corners=True))
     assert len(alive) == len(plan)
 
 
 def test_half_precision_is_added_up_in_float32():
     plan = SlidingWindow(20, 100, 10, 2).plan((20, 60))
     scores = random_scores(plan, dtype=torch.float16)
-    merged = plan.merge([scores])
+    merged = plan.merge([scores], align_corners=True)
 
     assert merged.dtype == torch.float32
-    assert torch.equal(merged, plan.merge([scores.float()]))
+    assert torch.equal(merged, plan.merge([scores.float()], align_corners=True))
 
 
 @pytest.mark.parametrize("change", [-1, 1])
@@ -218,7 +229,7 @@ def test_scores_for_another_number_of_windows_are_refused(change):
     plan = SlidingWindow(20, 100, 10, 5).plan((20, 60))
     scores = torch.zeros(len(plan) + change, 2, 3, 3)
     with pytest.raises(ValueError, match="scores of"):
-        plan.merge([scores])
+        plan.merge([scores], align_corners=True)
 
 
 def test_the_cached_windows_of_an_image_are_merged_as_elsewhere():
@@ -232,7 +243,7 @@ def test_the_cached_windows_of_an_image_are_merged_as_elsewhere():
         for view, said in zip(views, scores, strict=True)
     ]
 
-    merged = plan.merge([scores])
+    merged = plan.merge([scores], align_corners=True)
     np.testing.assert_allclose(merged.numpy(), average_views(views, at_size, size), rtol=0, atol=1e-12)
     assert torch.equal(plan.to_original(merged), merged)
 
@@ -245,7 +256,7 @@ def test_back_to_the_original_size_is_bilinear_between_centres():
 @pytest.mark.parametrize("num_classes", [1, 15, 16, 17, 50])
 def test_labels_are_the_argmax_at_the_original_size(num_classes):
     plan = SlidingWindow(20, 100, 10, 5).plan((33, 60))
-    merged = plan.merge([random_scores(plan, num_classes, dtype=torch.float32)])
+    merged = plan.merge([random_scores(plan, num_classes, dtype=torch.float32)], align_corners=True)
     labels = plan.labels(merged)
 
     assert labels.shape == (33, 60)
