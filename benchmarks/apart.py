@@ -6,18 +6,16 @@ python -m benchmarks.apart '{"contender": "bare", "checkpoint": ..., "samples": 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
 from benchmarks import extractors, prompts, scaling
 from benchmarks.measuring import Measured, Ready, Request
 from benchmarks.memory import PeakMemory
+from benchmarks.new_process import ask_apart
 
 CONTENDERS: dict[str, Callable[[Request], Ready]] = {
     "bare": extractors.make_bare,
@@ -51,13 +49,7 @@ def measure_apart(request: Request) -> Measured:
     Raises:
         RuntimeError: it failed; the message ends with what it said.
     """
-    command = [sys.executable, "-m", "benchmarks.apart", json.dumps(asdict(request))]
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)  # noqa: S603  our own
-    if done.returncode:
-        raise RuntimeError(f"{request.contender} failed:\n{done.stderr[-4000:]}")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    return Measured(**ask_apart("benchmarks.apart", asdict(request), request.contender))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks.memory import PeakMemory
+from benchmarks.new_process import ask_apart
 from cache_schema.masks import decode_mask, union_of_segmentations
 from cache_schema.samples import ImageTable, Samples, open_samples, write_samples
 from evaluate.metrics import Metrics, SampleScores, State, compute, score_mask, update
@@ -110,12 +110,7 @@ def score_apart(request: Request) -> Scored:
     Raises:
         RuntimeError: it failed; the message ends with what it said.
     """
-    command = [sys.executable, "-m", "benchmarks.evaluating", json.dumps(asdict(request))]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)  # noqa: S603  our own
-    if done.returncode:
-        raise RuntimeError(f"{request.contender} failed:\n{done.stderr[-4000:]}")
-    return Scored(**json.loads(done.stdout.splitlines()[-1]))
+    return Scored(**ask_apart("benchmarks.evaluating", asdict(request), request.contender))
 
 
 def _score_ours(num_threads: int | None) -> Callable[[Samples, Path, int], Metrics]:

@@ -6,7 +6,6 @@ python -m benchmarks.preparing '{"dataset": "refcoco", "root": ..., "image_dir":
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.memory import PeakMemory
+from benchmarks.new_process import ask_apart
 from cache_schema.reader import num_cores
 from extract.images import image_size, read_bytes
 from extract.prepare import PrepareConfig, prepare
@@ -73,12 +73,7 @@ def prepare_apart(request: Request) -> Prepared:
     Raises:
         RuntimeError: it failed; the message ends with what it said.
     """
-    command = [sys.executable, "-m", "benchmarks.preparing", json.dumps(asdict(request))]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)  # noqa: S603  our own
-    if done.returncode:
-        raise RuntimeError(f"preparing {request.dataset} failed:\n{done.stderr[-4000:]}")
-    return Prepared(**json.loads(done.stdout.splitlines()[-1]))
+    return Prepared(**ask_apart("benchmarks.preparing", asdict(request), f"preparing {request.dataset}"))
 
 
 def _look_at(path: Path) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw
 
 from evaluate.lettering import Lettering
-from evaluate.pictures import TRUTH_COLOUR, Colour, overlay
+from evaluate.pictures import TRUTH_COLOUR, Colour, overlay, resize_mask
 
 _CELL_PX, _GAP_PX, _MARGIN_PX = 256, 20, 28
 _LEAST_PX = 96
@@ -56,8 +56,8 @@ class Card:
         return replace(
             self,
             image=_scale(self.image, size),
-            truth=None if self.truth is None else _scale_mask(self.truth, size),
-            ignored=None if self.ignored is None else _scale_mask(self.ignored, size),
+            truth=None if self.truth is None else resize_mask(self.truth, size),
+            ignored=None if self.ignored is None else resize_mask(self.ignored, size),
         )
 
 
@@ -181,15 +181,6 @@ def _scale(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np
     larger = size[0] > image.shape[0] or size[1] > image.shape[1]
     how = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
     return np.asarray(Image.fromarray(image).resize(size[::-1], how, reducing_gap=None if larger else 3.0))
-
-
-def _scale_mask(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[np.ndarray, "new_h new_w"]:
-    """Pixels of which half is covered; or any part, where a small mask would vanish."""
-    if mask.shape == size:
-        return mask
-    covered = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX))
-    half = covered >= 0.5
-    return half if half.any() else covered > 0
 
 
 def _hatch(picture: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:

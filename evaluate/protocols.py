@@ -102,12 +102,14 @@ PROTOCOLS: dict[str, Protocol] = {
 at original size with the metrics of gRefCOCO first."""
 
 
-def find_protocol(name: str) -> Protocol:
-    """The protocol of that name.
+def find_protocol(name: str | Protocol) -> Protocol:
+    """The protocol of that name; one that is given is given back.
 
     Raises:
         UsageError: there is none.
     """
+    if isinstance(name, Protocol):
+        return name
     if name not in PROTOCOLS:
         raise unknown_name("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]

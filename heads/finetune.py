@@ -81,10 +81,6 @@ class FinetuneConfig:
         require_at_least(self, 1, "rank", "parity_samples")
         if self.images_at_once is not None:
             require_at_least(self, 1, "images_at_once")
-        if not self.alpha > 0:
-            raise UsageError(f"alpha is {self.alpha}: give a number above 0, such as twice the rank.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout is {self.dropout}: give a share from 0 to below 1.")
         if self.first_block and "image" not in self.sides:
             raise UsageError("first_block is of the image encoder, which is not adapted; leave it at 0.")
         if not self.adapter_rate > 0:

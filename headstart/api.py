@@ -191,7 +191,7 @@ def evaluate(
         cache,
         default_out(run_dirs, cache) if out is None else Path(out),
         split=split,
-        protocol=find_protocol(protocol) if isinstance(protocol, str) else protocol,
+        protocol=find_protocol(protocol),
         coco_results=None if coco_results is None else Path(coco_results),
         notes=notes_on_encoders(cache),
         seconds=seconds,
@@ -240,7 +240,7 @@ def compare(
         (of_first, of_second),
         Path(out),
         split=split,
-        protocol=find_protocol(protocol) if isinstance(protocol, str) else protocol,
+        protocol=find_protocol(protocol),
         notes=list(notes),
     )
 

@@ -53,7 +53,7 @@ class HubEncoders:
     def adapted(self, adapters: Path | None, *, learn: bool) -> LiveEncoders:
         """With the adapters of a folder; or with those of the cache's own encoders, or fresh ones."""
         torch.manual_seed(next(iter(self.config.stages.values())).seed)
-        lora = self._lora() if adapters is None else None
+        lora = self.lora() if adapters is None else None
         image, text = self._load_image(lora, adapters), self._load_text(lora, adapters)
         for live in (image, text):
             if live is not None:
@@ -100,7 +100,12 @@ class HubEncoders:
         folder = spec.adapter if adapters is None else str(adapters / ADAPTERS["text"])
         return LiveTextEncoder.load(dataclasses.replace(spec, adapter=None), of_text, adapter=folder)
 
-    def _lora(self) -> LoraSpec:
+    def lora(self) -> LoraSpec:
+        """How they are adapted.
+
+        Raises:
+            UsageError: rank, alpha or dropout cannot be.
+        """
         from extract.encoders.lora import LoraSpec
 
         config = self.config
@@ -160,6 +165,7 @@ def finetune_encoders(
                 "holds; name a head that was trained on these stores."
             )
     encoders = HubEncoders(cache, config, tokens)
+    encoders.lora()  # what cannot be is refused before anything is written
     run_dir = Path(runs) / finetune_name(config, cache, initial)
     paths = StorePaths(cache.samples.path, cache.images.store.path, cache.prompts.store.path)
     stage_dir = run_dir / "contrastive"  # paths are relative to a stage's folder

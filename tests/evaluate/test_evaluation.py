@@ -6,11 +6,7 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +31,7 @@ from heads.checkpoint import load_head
 from heads.data import CachedSplit, Draw
 from heads.inputs import Head, HeadInputs, HeadOutputs
 from heads.runs import Training
+from tests.processes import run_in_processes
 
 
 def test_scores_are_those_of_masks_made_one_by_one_at_original_size(run: Training, feature_cache: FeatureCache) -> None:
@@ -174,33 +171,10 @@ def test_two_processes_find_and_write_what_one_does(
 def evaluate_in_processes(
     num: int, cache: FeatureCache, run_dir: Path, out: Path, batch_size: int
 ) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     stores = [str(path) for path in (cache.samples.path, cache.images.store.path, cache.prompts.store.path)]
     asked = {"stores": stores, "run_dir": str(run_dir), "out": str(out), "split": "val", "batch_size": batch_size}
-    world = {"WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.evaluate.score_apart", json.dumps(asked)],
-            env={
-                **os.environ,
-                **world,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "MASTER_PORT": str(port),
-                "ACCELERATE_USE_CPU": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num)
-    ]
-    printed = [process.communicate(timeout=240) for process in started]
-    for process, (_, stderr) in zip(started, printed, strict=True):
-        assert process.returncode == 0, stderr
-    return [json.loads(stdout.strip().splitlines()[-1]) for stdout, _ in printed]
+    printed = run_in_processes(num, ["-m", "tests.evaluate.score_apart", json.dumps(asked)])
+    return [json.loads(stdout.strip().splitlines()[-1]) for stdout in printed]
 
 
 def test_intervals_hold_their_metrics_and_say_how_they_were_made(

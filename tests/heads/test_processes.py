@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from cache_schema.features import FeatureCache
 from heads.checkpoint import load_head
 from heads.train import train
 from heads.train_config import TrainConfig
+from tests.processes import run_in_processes
 
 CONFIG = TrainConfig(
     head="cross_attention",
@@ -35,33 +32,10 @@ CONFIG = TrainConfig(
 
 
 def train_in_processes(num: int, config: TrainConfig, cache: FeatureCache, run_dir: Path) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     stores = [cache.samples.path, cache.images.store.path, cache.prompts.store.path]
     asked = {"stores": list(map(str, stores)), "config": dataclasses.asdict(config), "run_dir": str(run_dir)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.heads.train_apart", json.dumps(asked)],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "ACCELERATE_USE_CPU": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num)
-    ]
-    told = [process.communicate(timeout=240) for process in started]
-    for process, (_, stderr) in zip(started, told, strict=True):
-        assert process.returncode == 0, stderr
-    return [json.loads(stdout.strip().splitlines()[-1]) for stdout, _ in told]
+    printed = run_in_processes(num, ["-m", "tests.heads.train_apart", json.dumps(asked)])
+    return [json.loads(stdout.strip().splitlines()[-1]) for stdout in printed]
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from safetensors.torch import load_file
 
 from cache_schema.features import FeatureCache
 from headstart import api
+from tests.processes import run_in_processes
 
 STAGE = {
     "batch_size": 6,
@@ -41,37 +38,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def finetune_in_processes(num: int, cache: FeatureCache, runs: Path) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     stores = {"samples": cache.samples.path, "images": cache.images.store.path, "prompts": cache.prompts.store.path}
     named = [word for name, path in stores.items() for word in (f"--{name}", str(path))]
     settings = [f"{name}={json.dumps(value)}" for name, value in SETTINGS.items()]
     command = ["finetune", "scenes", "--stores", str(cache.samples.path.parent), *named, "--runs", str(runs), "--json"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "headstart.cli", *command, "--set", *settings],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "ACCELERATE_USE_CPU": "1",
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num)
-    ]
-    told = [process.communicate(timeout=300) for process in started]
-    for process, (_, stderr) in zip(started, told, strict=True):
-        assert process.returncode == 0, stderr
-    assert [stdout for stdout, _ in told[1:]] == [""] * (num - 1), "one process speaks"
-    return json.loads(told[0][0])
+    first, *others = run_in_processes(num, ["-m", "headstart.cli", *command, "--set", *settings])
+    assert others == [""] * (num - 1), "one process speaks"
+    return json.loads(first)
 
 
 def adapters_of(run_dir: Path) -> dict[str, torch.Tensor]:
